@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judgement of one test as data; every report renders this record."""
+
+from typing import Any, Literal
+
+import msgspec
+
+SCHEMA = 1
+
+Status = Literal["pass", "changed", "fail", "incomparable", "missing"]
+DivergenceKind = Literal["origin", "drift", "weights", "inputs"]
+
+
+class RowId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which row: a slot of a call, for one segment.
+
+    Attributes:
+        call: Name of the call.
+        slot: E.g. `output.0`.
+        segment: E.g. `0.prompt`, empty for a whole tensor.
+        step: Step of the candidate in which the call ran.
+    """
+
+    call: str
+    slot: str
+    segment: str
+    step: int
+
+    @property
+    def text(self) -> str:
+        """The name that globs in rules are matched with."""
+        name = f"{self.call}.{self.slot}"
+        return f"{name}@{self.segment}" if self.segment else name
+
+
+class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One row's worst metric.
+
+    Attributes:
+        row: The row.
+        metric: The metric with the largest ratio.
+        observed: Its value, unitless; infinity as text.
+        allowed: The limit, storage floor included.
+        ratio: Observed / allowed.
+        rule: Origin of the limit, file:line or `default`.
+        detail: What differs where a number does not tell, e.g. dtypes.
+    """
+
+    row: RowId
+    metric: str
+    observed: float | str
+    allowed: float
+    ratio: float | str
+    rule: str
+    detail: str = ""
+
+
+class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the candidate first computed something else.
+
+    Attributes:
+        kind: origin, drift (no single call), weights, or inputs of the model.
+        call: Name of the call; empty for the model itself.
+        module: Path of the module, or of the module around an API.
+        between: Child whose input already differed, if the call's own code is guilty.
+        finding: The row that shows it.
+        parameter: The first parameter that differs, for weights.
+        input_error: Largest relative L2 error of the call's inputs.
+        output_error: Largest relative L2 error of its outputs.
+    """
+
+    kind: DivergenceKind
+    call: str
+    module: str
+    between: str = ""
+    finding: Finding | None = None
+    parameter: str = ""
+    input_error: float = 0.0
+    output_error: float = 0.0
+
+
+class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """How the generated tokens moved, over all requests.
+
+    Attributes:
+        compared: Tokens compared.
+        largest: Greatest difference of the log-probability of a golden token.
+        is_at_least: The token left the candidate's top 20: the difference is a bound.
+        at: (request, token number) of the largest, or None.
+        allowed: Its limit.
+        flipped: (request, token number) of the first other token, or None.
+        golden_token: The golden's token there.
+        token: The candidate's token there.
+    """
+
+    compared: int = 0
+    largest: float | str = 0.0
+    is_at_least: bool = False
+    at: tuple[int, int] | None = None
+    allowed: float = 0.0
+    flipped: tuple[int, int] | None = None
+    golden_token: int | None = None
+    token: int | None = None
+
+
+class Verdict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The judgement of one test on one rank.
+
+    Attributes:
+        schema: Version of this record.
+        test: Node id.
+        status: pass; changed (within limits, other checksums); fail; incomparable;
+            missing (no golden).
+        golden: Path of the golden.
+        capture: Path of the candidate's capture file.
+        mode: same or cross numerics key.
+        golden_key: Numerics key of the golden.
+        key: Numerics key of the candidate.
+        judged: Rows judged.
+        equal: Rows among them with equal checksums.
+        failed: Rows outside their limits.
+        missing: Rows of the golden that the candidate lacks.
+        extra: Rows of the candidate that the golden lacks.
+        unjudged: Rows behind the first flipped token.
+        left_out: Slots that cannot be judged, by reason.
+        tokens: How the generated tokens moved.
+        divergence: Where it began, for a failure.
+        worst: Failing rows, worst first, at most 20.
+        missing_rows: Names of missing rows, at most 20.
+        reasons: Why it is incomparable or failed apart from rows.
+        changes: What else made the two captures: name, golden's and candidate's value.
+        notes: Remarks for the reader.
+        rank: Rank.
+    """
+
+    test: str
+    status: Status
+    schema: int = SCHEMA
+    golden: str = ""
+    capture: str = ""
+    mode: str = "same"
+    golden_key: str = ""
+    key: str = ""
+    judged: int = 0
+    equal: int = 0
+    failed: int = 0
+    missing: int = 0
+    extra: int = 0
+    unjudged: int = 0
+    left_out: dict[str, int] = {}
+    tokens: TokenDifference = msgspec.field(default_factory=TokenDifference)
+    divergence: Divergence | None = None
+    worst: list[Finding] = []
+    missing_rows: list[str] = []
+    reasons: list[str] = []
+    changes: list[tuple[str, Any, Any]] = []
+    notes: list[str] = []
+    rank: int = 0
+
+    @property
+    def is_green(self) -> bool:
+        """Whether the gate passes."""
+        return self.status in ("pass", "changed")
