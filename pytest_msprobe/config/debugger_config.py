@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""msProbe's config.json: its keys, defaults and checks.
+
+The keys and their meaning follow msProbe 26.2's documentation, so that a user's file
+works as it is. Unknown keys are ignored in a JSON file, as msProbe does.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_msprobe.config.source import KeyPath, Source, describe
+
+Task = Literal["statistics", "tensor", "structure"]
+Level = Literal["L0", "L1", "mix"]
+SummaryMode = Literal["statistics", "md5", "xor"]
+RiskLevel = Literal["ALL", "FOCUS", "CORE"]
+
+TASKS = ("statistics", "tensor", "structure")
+LEVELS = ("L0", "L1", "mix")
+SUMMARY_MODES = ("statistics", "md5", "xor")
+RISK_LEVELS = ("ALL", "FOCUS", "CORE")
+DATA_MODES = ("all", "forward", "backward", "input", "output")
+_KNOWN_ELSEWHERE = {
+    "task": {
+        "nan_check": "not supported by this version",
+        "overflow_check": "not supported by this version",
+        "diff_check": "not supported by this version",
+        "acc_check": "it re-runs APIs offline and records nothing",
+    },
+    "level": {
+        "L2": "it drives the NPU's own dumper",
+        "debug": "not supported by this version",
+    },
+}
+_UNSUPPORTED = ("load", "dump_enable")
+_UNSUPPORTED_IN_SECTION = ("slice", "request_id", "bench_path", "diff_nums")
+MAX_STEP = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class DebuggerConfig:
+    """What to record and where to.
+
+    Attributes:
+        task: What is written: statistics, tensors as well, or names only.
+        dump_path: Folder of the dump, None where the caller decides.
+        rank: Ranks to record, empty for all.
+        step: Steps to record, empty for all.
+        level: L0 modules, L1 APIs, mix both.
+        async_dump: Accepted; files are always written by a thread.
+        extra_info: Whether stack.json and construct.json are filled.
+        precision: Accepted; sums are always accumulated in more than the dtype.
+        risk_level: Which classes of API are recorded when scope and list are empty.
+        custom_op_namespaces: Operator namespaces written with msProbe's own prefix.
+        support_wrap_ops: A list of APIs in place of the packaged one, or None.
+        scope: First and last name to record, or empty.
+        names: The key `list`: substrings of names to record, or empty.
+        tensor_list: Substrings of names whose tensors are saved as well.
+        data_mode: Directions and sides that are kept.
+        summary_mode: Statistics, with a CRC-32 (md5), or a checksum instead (xor).
+    """
+
+    task: Task = "statistics"
+    dump_path: str | None = None
+    rank: tuple[int, ...] = ()
+    step: tuple[int, ...] = ()
+    level: Level = "L1"
+    async_dump: bool = False
+    extra_info: bool = True
+    precision: Literal["low", "high"] = "low"
+    risk_level: RiskLevel = "FOCUS"
+    custom_op_namespaces: tuple[str, ...] = ()
+    support_wrap_ops: str | None = None
+    scope: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    tensor_list: tuple[str, ...] = ()
+    data_mode: tuple[str, ...] = ("all",)
+    summary_mode: SummaryMode = "statistics"
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether calls of modules are recorded."""
+        return self.level in ("L0", "mix")
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether calls of APIs are recorded."""
+        return self.level in ("L1", "mix")
+
+    @property
+    def saves_tensors(self) -> bool:
+        """Whether any tensor is written to a file."""
+        return self.task == "tensor" or bool(self.tensor_list)
+
+    def keeps(self, side: Literal["input", "output"]) -> bool:
+        """Whether the forward data of one side is kept (`data_mode`)."""
+        modes = set(self.data_mode)
+        if "all" in modes:
+            return True
+        directions = modes & {"forward", "backward"}
+        sides = modes & {"input", "output"}
+        return (not directions or "forward" in directions) and (
+            not sides or side in sides
+        )
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Checked access to the keys of one object of a source."""
+
+    source: Source
+    key: KeyPath
+    data: dict[str, Any]
+
+    def error(self, name: str, expected: str) -> Exception:
+        value = describe(self.data.get(name))
+        return self.source.error((*self.key, name), f"{expected}, found {value}")
+
+    def has(self, name: str) -> bool:
+        return name in self.data
+
+    def text(self, name: str, default: str | None) -> str | None:
+        value = self.data.get(name, default)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, "expected text")
+        return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.data.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, "expected true or false")
+        return value
+
+    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> str:
+        value = self.data.get(name, default)
+        if value in ("", None) and name != "precision":
+            return default if name != "risk_level" else "ALL"
+        if isinstance(value, str) and value in _KNOWN_ELSEWHERE.get(name, {}):
+            reason = _KNOWN_ELSEWHERE[name][value]
+            options = ", ".join(allowed)
+            raise self.error(name, f"{reason}; expected one of {options}")
+        if value not in allowed:
+            raise self.error(name, f"expected one of {', '.join(allowed)}")
+        return str(value)
+
+    def texts(self, name: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
+        value = self.data.get(name, list(default))
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.error(name, "expected a list of texts")
+        return tuple(value)
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers and ranges `"a-b"`, sorted, without repetition."""
+        value = self.data.get(name, [])
+        if not isinstance(value, list):
+            raise self.error(name, 'expected a list such as [0, "4-6"]')
+        try:
+            return parse_numbers(value)
+        except ValueError as error:
+            raise self.error(name, str(error)) from None
+
+
+def parse_numbers(items: list[Any]) -> tuple[int, ...]:
+    """Expands msProbe's lists of numbers: `[0, "4-6"]` becomes (0, 4, 5, 6).
+
+    Raises:
+        ValueError: An item is not a whole number, `"n"` or `"a-b"` with a <= b, or
+            lies outside 0..10**6; the text says what was expected.
+    """
+    found: set[int] = set()
+    for item in items:
+        if isinstance(item, str):
+            first, dash, last = item.partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                message = f'expected whole numbers or "a-b", not {item!r}'
+                raise ValueError(message)
+            low, high = int(first), int(last) if dash else int(first)
+            if low > high:
+                message = f'expected "a-b" with a <= b, not {item!r}'
+                raise ValueError(message)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            low = high = item
+        else:
+            message = f'expected whole numbers or "a-b", not {item!r}'
+            raise ValueError(message)
+        if low < 0 or high > MAX_STEP:
+            message = f"expected numbers from 0 to {MAX_STEP}, not {item!r}"
+            raise ValueError(message)
+        found.update(range(low, high + 1))
+    return tuple(sorted(found))
+
+
+def _check_scope(reader: _Reader, scope: tuple[str, ...], level: str) -> None:
+    from pytest_msprobe.model.names import parse_call_name  # noqa: PLC0415
+
+    if len(scope) not in (0, 2):
+        raise reader.error("scope", "expected two names, first and last")
+    for text in scope:
+        name = parse_call_name(text)
+        wanted = {"L0": "modules", "L1": "APIs", "mix": "calls"}[level]
+        if name is None or (level == "L0" and not name.is_module) or (
+            level == "L1" and name.is_module
+        ):
+            raise reader.error("scope", f"expected full names of {wanted}")
+
+
+def _check_data_mode(reader: _Reader, modes: tuple[str, ...]) -> tuple[str, ...]:
+    if any(mode not in DATA_MODES for mode in modes):
+        raise reader.error("data_mode", f"expected some of {', '.join(DATA_MODES)}")
+    if "all" in modes and len(modes) > 1:
+        raise reader.error("data_mode", "expected 'all' to stand alone")
+    return modes or ("all",)
+
+
+def parse_debugger_config(
+    source: Source,
+    key: KeyPath = (),
+    *,
+    overrides: dict[str, Any] | None = None,
+    default_level: Level = "L1",
+) -> DebuggerConfig:
+    """Reads msProbe's keys from a source.
+
+    Args:
+        source: A config.json, or a YAML file holding the same keys in a section.
+        key: Path of that section, () for a config.json.
+        overrides: Values given in code (task, dump_path, level, step), which win.
+        default_level: Level where the key is absent.
+
+    Raises:
+        ConfigError: A value is wrong or asks for something this version cannot do;
+            the message names file, line or key and what was expected.
+    """
+    data: Any = source.data
+    for part in key:
+        data = data.get(part, {})
+    if not isinstance(data, dict):
+        raise source.error(key, f"expected keys and values, found {describe(data)}")
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    general = _Reader(source, key, {**data, **given})
+    task = general.choice("task", TASKS, "statistics")
+    level = general.choice("level", LEVELS, default_level)
+    raw_section = data.get(task, {})
+    if not isinstance(raw_section, dict):
+        raise general.error(task, "expected keys and values")
+    section = _Reader(source, (*key, task), raw_section)
+    _refuse_unsupported(general, section)
+    scope = section.texts("scope")
+    _check_scope(section, scope, level)
+    values: dict[str, Any] = {
+        "task": task,
+        "level": level,
+        "dump_path": general.text("dump_path", None),
+        "rank": general.numbers("rank"),
+        "step": general.numbers("step"),
+        "async_dump": general.flag("async_dump", default=False),
+        "extra_info": general.flag("extra_info", default=True),
+        "precision": general.choice("precision", ("low", "high"), "low"),
+        "risk_level": general.choice("risk_level", RISK_LEVELS, "FOCUS"),
+        "custom_op_namespaces": general.texts("custom_op_namespaces"),
+        "support_wrap_ops": _read_op_list_path(general),
+        "scope": scope,
+        "names": section.texts("list"),
+        "tensor_list": section.texts("tensor_list"),
+        "data_mode": _check_data_mode(section, section.texts("data_mode", ("all",))),
+        "summary_mode": section.choice("summary_mode", SUMMARY_MODES, "statistics"),
+    }
+    if task == "structure" and level == "L1":
+        values["level"] = "mix"
+    return DebuggerConfig(**values)
+
+
+def _read_op_list_path(reader: _Reader) -> str | None:
+    """Path of the user's list of APIs, relative to the configuration file."""
+    text = reader.text("support_wrap_ops", None)
+    if text is None:
+        return None
+    root = reader.source.path.parent if reader.source.path else Path()
+    path = root / text
+    if not path.is_file():
+        raise reader.error("support_wrap_ops", "expected an existing file")
+    return str(path)
+
+
+def _refuse_unsupported(general: _Reader, section: _Reader) -> None:
+    for reader, names in ((general, _UNSUPPORTED), (section, _UNSUPPORTED_IN_SECTION)):
+        for name in names:
+            if reader.data.get(name) not in (None, "", [], {}):
+                raise reader.error(name, "not supported by this version; remove the key")
+
+
+def config_from_json(values: dict[str, Any]) -> DebuggerConfig:
+    """The inverse of `dataclasses.asdict` and JSON: lists become tuples again."""
+    return DebuggerConfig(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    )
+
+
+def known_keys() -> list[str]:
+    """Keys of the `capture` section: msProbe's general keys and the task sections."""
+    own = {"names", "scope", "tensor_list", "data_mode", "summary_mode"}
+    general = [f.name for f in fields(DebuggerConfig) if f.name not in own]
+    return [*general, *TASKS, *_UNSUPPORTED]

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of one pytest run: an msProbe config.json, or YAML with four sections."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pytest_msprobe.config.debugger_config import (
+    DebuggerConfig,
+    known_keys,
+    parse_debugger_config,
+)
+from pytest_msprobe.config.source import (
+    KeyPath,
+    Source,
+    describe,
+    read_source,
+    require_keys,
+)
+from pytest_msprobe.model.limits import LIMIT_NAMES, KeyMode, Rule
+
+SECTIONS = ("capture", "engine", "tolerances", "golden")
+ALL_STEPS = -1
+DEFAULT_DECODE_STEPS = 2
+DEFAULT_SIZE_WARNING_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenSettings:
+    """Where goldens live and what they hold.
+
+    Attributes:
+        directory: Root of the golden tree.
+        decode_steps: Decode steps behind the prefill that are captured, -1 for all.
+        size_warning_bytes: A golden larger than this is reported.
+    """
+
+    directory: Path
+    decode_steps: int = DEFAULT_DECODE_STEPS
+    size_warning_bytes: int = DEFAULT_SIZE_WARNING_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How the fixture's engine is started.
+
+    Attributes:
+        arguments: Keyword arguments of `vllm.LLM`, model included.
+        environment: Variables to set before torch and vLLM are imported.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that a configuration file says.
+
+    Attributes:
+        path: The file.
+        capture: What to record.
+        engine: How to start the engine.
+        rules: Tolerances in the order of the file.
+        golden: Where goldens live.
+    """
+
+    path: Path
+    capture: DebuggerConfig
+    engine: EngineSettings
+    rules: tuple[Rule, ...]
+    golden: GoldenSettings
+
+    @property
+    def root(self) -> Path:
+        """Folder of the file; relative paths in it start there."""
+        return self.path.parent
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads a configuration file.
+
+    Args:
+        path: An msProbe config.json, or YAML with the sections `capture`, `engine`,
+            `tolerances` and `golden`.
+
+    Raises:
+        ConfigError: One line with file, line or key, and what was expected.
+    """
+    path = path.absolute()
+    source = read_source(path)
+    if path.suffix == ".json":
+        capture = parse_debugger_config(source)
+        golden = GoldenSettings(path.parent / "golden")
+        return Settings(path, capture, EngineSettings(), (), golden)
+    require_keys(source, (), source.data, list(SECTIONS))
+    for section in SECTIONS:
+        value = source.data.get(section)
+        if value is None:
+            source.data[section] = {}
+        elif not isinstance(value, dict):
+            raise source.error((section,), f"expected keys and values, found {describe(value)}")
+    require_keys(source, ("capture",), source.data["capture"], known_keys())
+    return Settings(
+        path,
+        parse_debugger_config(source, ("capture",), default_level="L0"),
+        _read_engine(source),
+        _read_tolerances(source),
+        _read_golden(source, path.parent),
+    )
+
+
+def _read_engine(source: Source) -> EngineSettings:
+    arguments = dict(source.data["engine"])
+    environment = arguments.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        found = describe(environment)
+        raise source.error(("engine", "env"), f"expected variables and values, found {found}")
+    for name, value in environment.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            key = ("engine", "env", str(name))
+            raise source.error(key, f"expected text or a number, found {describe(value)}")
+    model = arguments.get("model")
+    if model is not None:
+        if not isinstance(model, str):
+            raise source.error(("engine", "model"), f"expected text, found {describe(model)}")
+        assert source.path is not None
+        local = source.path.parent / model
+        if local.exists():
+            arguments["model"] = str(local)
+    check_eager(arguments, source.where(("engine", "enforce_eager")))
+    texts = {str(name): str(value) for name, value in environment.items()}
+    return EngineSettings(arguments, texts)
+
+
+def check_eager(arguments: dict[str, Any], where: str) -> None:
+    """Refuses engine arguments that would run compiled or captured graphs.
+
+    Raises:
+        ConfigError: `enforce_eager` is set to something else than true.
+    """
+    from pytest_msprobe.errors import ConfigError  # noqa: PLC0415 - error path only
+
+    if arguments.get("enforce_eager", True) is not True:
+        message = (
+            f"{where}: expected true (or no such key): in a compiled or captured graph "
+            "no Python code runs between the modules, so nothing can be recorded"
+        )
+        raise ConfigError(message, slug="enforce-eager")
+
+
+def _read_golden(source: Source, root: Path) -> GoldenSettings:
+    data = source.data["golden"]
+    require_keys(source, ("golden",), data, ["dir", "decode_steps", "size_warning_bytes"])
+    directory = data.get("dir", "golden")
+    if not isinstance(directory, str) or not directory:
+        raise source.error(("golden", "dir"), f"expected a folder, found {describe(directory)}")
+    steps = data.get("decode_steps", DEFAULT_DECODE_STEPS)
+    if steps == "all":
+        steps = ALL_STEPS
+    elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        key = ("golden", "decode_steps")
+        raise source.error(key, f"expected a number >= 0 or 'all', found {describe(steps)}")
+    size = data.get("size_warning_bytes", DEFAULT_SIZE_WARNING_BYTES)
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        key = ("golden", "size_warning_bytes")
+        raise source.error(key, f"expected a number > 0, found {describe(size)}")
+    return GoldenSettings(root / directory, steps, size)
+
+
+def _read_tolerances(source: Source) -> tuple[Rule, ...]:
+    data = source.data["tolerances"]
+    require_keys(source, ("tolerances",), data, ["same", "cross", "rules"])
+    rules: list[Rule] = []
+    for mode in ("same", "cross"):
+        if mode in data:
+            rules.append(_read_rule(source, ("tolerances", mode), data[mode], mode))
+    items = data.get("rules") or []
+    if not isinstance(items, list):
+        key: KeyPath = ("tolerances", "rules")
+        raise source.error(key, f"expected a list, found {describe(items)}")
+    for index, item in enumerate(items):
+        rules.append(_read_rule(source, ("tolerances", "rules", index), item, None))
+    return tuple(rules)
+
+
+def _read_rule(source: Source, key: KeyPath, data: Any, mode: KeyMode | None) -> Rule:
+    if not isinstance(data, dict):
+        raise source.error(key, f"expected metrics and limits, found {describe(data)}")
+    own = ["rows", "mode", "ignore", "exact"] if mode is None else []
+    require_keys(source, key, data, [*LIMIT_NAMES, *own])
+    values = dict(data)
+    rows = values.pop("rows", "*")
+    if not isinstance(rows, str) or not rows:
+        raise source.error((*key, "rows"), f"expected a glob over row names, found {describe(rows)}")
+    if mode is None:
+        mode = values.pop("mode", None)
+        if mode not in (None, "same", "cross"):
+            raise source.error((*key, "mode"), f"expected same or cross, found {describe(mode)}")
+    flags = {}
+    for name in ("ignore", "exact"):
+        flags[name] = values.pop(name, False)
+        if not isinstance(flags[name], bool):
+            found = describe(flags[name])
+            raise source.error((*key, name), f"expected true or false, found {found}")
+    limits = {name: _read_limit(source, (*key, name), v) for name, v in values.items()}
+    if not limits and not any(flags.values()):
+        raise source.error(key, "expected a limit, ignore or exact")
+    line = source.lines.get(key)
+    origin = f"{source.path.name if source.path else 'configuration'}:{line}"
+    return Rule(origin, rows, mode, limits, flags["ignore"], flags["exact"])
+
+
+def _read_limit(source: Source, key: KeyPath, value: Any) -> float:
+    """A limit; YAML reads `1e-3` (no dot) as text, so text that is a number is taken."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise source.error(key, "expected a number >= 0")
+    return float(value)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text file of one rank's capture: what dump.json has no place for.
+
+A golden has the same format (docs/formats.md). The first line is the header; then come
+`t` lines (the numbers of one tensor segment), `c` lines (a call and the ids of its
+tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMAT - 1.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pytest_msprobe.errors import DumpFormatError
+from pytest_msprobe.model import dtypes
+
+FORMAT = 1
+OLDEST_READABLE = 1
+FILE_NAME = "capture.rank{rank}.jsonl"
+
+_CLASS_CODES = {"token": "t", "sample": "s", "neither": "n"}
+_CLASSES = {code: name for name, code in _CLASS_CODES.items()}
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One request of a capture, with what the worker sampled for it.
+
+    Attributes:
+        label: Number in order of first scheduling.
+        prompt_sha256: Hash of the prompt's token ids.
+        prompt_tokens: Length of the prompt.
+        tokens: Sampled ids.
+        logprobs: Log-probability of each sampled id, float32 of the raw logits.
+        top: For each sampled position up to 20 pairs (id, logprob), best first.
+    """
+
+    label: int
+    prompt_sha256: str
+    prompt_tokens: int
+    tokens: list[int] = []
+    logprobs: list[float | str] = []
+    top: list[list[tuple[int, float | str]]] = []
+
+
+class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """First line of a capture or golden.
+
+    Attributes:
+        msprobe: Format version.
+        kind: `capture` or `golden`.
+        test: Node id of the test.
+        variant: Name of the golden's variant.
+        rank: Rank that recorded it.
+        world: Number of ranks.
+        key: Numerics key.
+        signature: What must be equal for two captures to be comparable.
+        provenance: Everything else that made it; reported only.
+        requests: Prompts, tokens and logprobs.
+        left_out: Slots that are not judged, by reason.
+        weights: Checksums of parameters, by module and parameter.
+    """
+
+    msprobe: int
+    kind: str
+    test: str = ""
+    variant: str = ""
+    rank: int = 0
+    world: int = 1
+    key: str = ""
+    signature: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    requests: list[Request] = []
+    left_out: dict[str, int] = {}
+    weights: dict[str, dict[str, str]] = {}
+
+
+class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Numbers of one segment of a tensor. Field names are those of the file.
+
+    Attributes:
+        t: Id, referred to by calls.
+        d: Code of the element type.
+        s: Shape of the segment: of a token- or sample-major tensor its rows only.
+        k: Row class: t (token-major), s (sample-major), n (neither).
+        g: Segment, empty for a whole tensor.
+        v: Maximum, minimum and, for float types, sum and sum of squares.
+        x: NaN, +Inf and -Inf counts; absent where all are 0.
+        c: Checksum, 16 hexadecimal digits.
+        q: Sketch in base 85.
+        a: Scale of a 16-bit sketch.
+    """
+
+    t: int
+    d: str
+    s: list[int]
+    k: str
+    g: str
+    v: list[float | int | None]
+    c: str
+    x: list[int] = []
+    q: str = ""
+    a: float | None = None
+
+    @property
+    def row_class(self) -> str:
+        """Row class in words."""
+        return _CLASSES.get(self.k, "neither")
+
+
+class CallLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One call, written when it ended. Field names are those of the file.
+
+    Attributes:
+        c: Name, a shared module named after the parent that called it.
+        l: Number of recorded modules around it.
+        i: Ids of the tensors in each input slot.
+        o: Ids of the tensors in each output slot.
+        x: Values of the slots that hold no tensor.
+        r: Role of the slots that are not judged: undefined or opaque.
+        m: Name in dump.json where it differs.
+    """
+
+    c: str
+    l: int = 0  # noqa: E741 - the name in the file
+    i: dict[str, list[int]] = {}
+    o: dict[str, list[int]] = {}
+    x: dict[str, Any] = {}
+    r: dict[str, str] = {}
+    m: str = ""
+
+
+class StepLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Start of a step.
+
+    Attributes:
+        step: Number.
+        tokens: Tokens scheduled, 0 where unknown.
+        requests: (label, tokens, first position) in row order.
+    """
+
+    step: int
+    tokens: int = 0
+    requests: list[tuple[int, int, int]] = []
+
+
+Line = TensorLine | CallLine | StepLine
+
+
+@dataclass(slots=True)
+class CaptureFile:
+    """A capture or golden in memory.
+
+    Attributes:
+        header: First line.
+        tensors: `t` lines by id.
+        entries: `c` and `step` lines in order.
+        path: Where it was read from.
+    """
+
+    header: Header
+    tensors: dict[int, TensorLine] = field(default_factory=dict)
+    entries: list[CallLine | StepLine] = field(default_factory=list)
+    path: Path | None = None
+
+    def calls(self) -> Iterator[tuple[int, CallLine]]:
+        """Calls with the number of their step, in order."""
+        step = 0
+        for entry in self.entries:
+            if isinstance(entry, StepLine):
+                step = entry.step
+            else:
+                yield step, entry
+
+    @property
+    def steps(self) -> list[StepLine]:
+        """Steps in order."""
+        return [entry for entry in self.entries if isinstance(entry, StepLine)]
+
+
+def class_code(row_class: str) -> str:
+    """One-letter code of a row class."""
+    return _CLASS_CODES[row_class]
+
+
+def encode(header: Header, lines: Iterable[Line]) -> bytes:
+    """The bytes of a capture file, one JSON object a line."""
+    encoder = msgspec.json.Encoder()
+    parts = [encoder.encode(header)]
+    parts.extend(encoder.encode(line) for line in lines)
+    return b"\n".join(parts) + b"\n"
+
+
+_HEADER = msgspec.json.Decoder(Header)
+_DECODERS: dict[bytes, msgspec.json.Decoder[Any]] = {
+    b'{"t"': msgspec.json.Decoder(TensorLine),
+    b'{"c"': msgspec.json.Decoder(CallLine),
+    b'{"st': msgspec.json.Decoder(StepLine),
+}
+
+
+def read_header(path: Path) -> Header:
+    """Reads the first line only.
+
+    Raises:
+        DumpFormatError: The file cannot be read or has another format.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _decode_header(path, stream.readline())
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise DumpFormatError(message, slug="capture-unreadable") from error
+
+
+def _decode_header(path: Path, line: bytes) -> Header:
+    try:
+        version = msgspec.json.decode(line)["msprobe"]
+    except (msgspec.MsgspecError, KeyError, TypeError) as error:
+        message = f"{path}:1: not the header of a capture or golden"
+        raise DumpFormatError(message, slug="capture-format") from error
+    if not isinstance(version, int) or not OLDEST_READABLE <= version <= FORMAT:
+        message = f"{path}:1: format {version}; this version reads {OLDEST_READABLE} to {FORMAT}"
+        hint = "update the golden with this version of pytest-msprobe"
+        raise DumpFormatError(message, slug="capture-version", hint=hint)
+    try:
+        return _HEADER.decode(line)
+    except msgspec.MsgspecError as error:
+        message = f"{path}:1: {error}"
+        raise DumpFormatError(message, slug="capture-format") from error
+
+
+def read_capture(path: Path) -> CaptureFile:
+    """Reads a capture file or golden.
+
+    Raises:
+        DumpFormatError: The file cannot be read, has another format, is damaged or
+            refers to a tensor that it does not hold; the message names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise DumpFormatError(message, slug="capture-unreadable") from error
+    first, _, rest = content.partition(b"\n")
+    result = CaptureFile(_decode_header(path, first), path=path)
+    for number, line in enumerate(rest.split(b"\n"), start=2):
+        if not line:
+            continue
+        decoder = _DECODERS.get(line[:4])
+        try:
+            if decoder is None:
+                raise DumpFormatError("unknown kind of line")
+            entry = decoder.decode(line)
+            _add(result, entry)
+        except (msgspec.MsgspecError, DumpFormatError) as error:
+            message = f"{path}:{number}: {error}"
+            raise DumpFormatError(message, slug="capture-format") from error
+    return result
+
+
+def _add(result: CaptureFile, entry: Line) -> None:
+    if isinstance(entry, TensorLine):
+        wide = dtypes.BY_CODE.get(entry.d) is not None and dtypes.is_sketched(
+            dtypes.BY_CODE[entry.d].name
+        )
+        if entry.k not in _CLASSES or len(entry.v) != (4 if wide else 2):
+            raise DumpFormatError(f"tensor {entry.t} has a wrong class or numbers")
+        result.tensors[entry.t] = entry
+        return
+    if isinstance(entry, CallLine):
+        for ids in (*entry.i.values(), *entry.o.values()):
+            for number in ids:
+                if number not in result.tensors:
+                    raise DumpFormatError(f"tensor {number} does not stand before it")
+    result.entries.append(entry)

@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of CPU tensors in one pass over their memory, compiled by numba.
+
+The kernel takes a table of spans by address, releases the GIL and starts no threads.
+It walks blocks of 64 elements: the hash is a function of the block, so it is paid once
+per 64 elements, and the sketch's xor permutation is split into a permutation of groups
+of eight lanes (done at the store) and one inside a group (done once at the end).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import float32, float64, int64, types, uint32, uint64
+from numba.extending import intrinsic
+
+from pytest_msprobe.model import records
+from pytest_msprobe.statistics.checksum import word_factors
+from pytest_msprobe.statistics.reference import ReferenceBackend
+from pytest_msprobe.statistics.spec import Span
+
+# Columns of the span table.
+ADDRESS, ROWS, COLUMNS, ROW_BYTES, FIRST_INDEX, INDEX_STRIDE, ROW, KIND = range(8)
+TABLE_WIDTH = 8
+
+BF16, F16, F32, F64, I8, U8, I16, I32, I64, U16, U32, U64 = range(12)
+KINDS = {
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.float32: F32,
+    torch.float64: F64,
+    torch.int8: I8,
+    torch.uint8: U8,
+    torch.bool: U8,
+    torch.int16: I16,
+    torch.int32: I32,
+    torch.int64: I64,
+    torch.uint16: U16,
+    torch.uint32: U32,
+    torch.uint64: U64,
+}
+_SIZE = np.array([2, 2, 4, 8, 1, 1, 2, 4, 8, 2, 4, 8], dtype=np.int64)
+# Sums of a lane stay in float32 for this many blocks, then go into float64.
+_FLUSH_BLOCKS = 16
+
+Table = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.float64]
+
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "boundscheck": False,
+}
+
+
+def _permuted_factors(size: int) -> npt.NDArray[np.uint64]:
+    """Row q holds K[j ^ q] for the words j of a block of elements of this size."""
+    factors = word_factors()
+    words = 16 * size
+    step = max(size // 4, 1)
+    j = np.arange(words)
+    return np.stack([factors[j ^ (q * step)] for q in range(min(words, 64))])
+
+
+_K1, _K2, _K4, _K8 = (_permuted_factors(size) for size in (1, 2, 4, 8))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _to_float(_context: Any, _bits: Any) -> Any:
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _to_bits(_context: Any, _value: Any) -> Any:
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def _pointer(numba_type: Any, llvm_type: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def cast(_context: Any, _address: Any) -> Any:
+        def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], llvm_type.as_pointer())
+
+        return types.CPointer(numba_type)(types.int64), generate
+
+    return cast
+
+
+_p_u8 = _pointer(types.uint8, ir.IntType(8))
+_p_i8 = _pointer(types.int8, ir.IntType(8))
+_p_u16 = _pointer(types.uint16, ir.IntType(16))
+_p_i16 = _pointer(types.int16, ir.IntType(16))
+_p_u32 = _pointer(types.uint32, ir.IntType(32))
+_p_i32 = _pointer(types.int32, ir.IntType(32))
+_p_u64 = _pointer(types.uint64, ir.IntType(64))
+_p_i64 = _pointer(types.int64, ir.IntType(64))
+_p_f32 = _pointer(types.float32, ir.FloatType())
+_p_f64 = _pointer(types.float64, ir.DoubleType())
+
+
+@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
+def _mix(h: Any) -> Any:
+    h = uint32(h ^ (h >> uint32(16)))
+    h = uint32(h * uint32(0x7FEB352D))
+    h = uint32(h ^ (h >> uint32(15)))
+    h = uint32(h * uint32(0x846CA68B))
+    return uint32(h ^ (h >> uint32(16)))
+
+
+@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
+def _base(block: Any) -> Any:
+    high = _mix(uint32(uint32(block >> uint64(32)) + uint32(0x6D737072)))
+    return _mix(uint32(uint32(block) ^ high))
+
+
+@numba.njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]
+def _block_factor(base: Any) -> Any:
+    high = uint64(_mix(uint32(base + uint32(0xDAA66D2B))))
+    low = uint64(_mix(uint32(base + uint32(0x78DDE6E4))))
+    return uint64(((high << uint64(32)) + low) | uint64(1))
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _block_checksum(address: Any, size: Any, rotation: Any) -> Any:
+    """Sum of word * K over the 64 elements at an address."""
+    words = numba.carray(_p_u32(address), (256,))
+    total = uint64(0)
+    if size == 2:
+        row = _K2[int64(rotation >> uint32(1))]
+        for j in range(32):
+            total += uint64(words[j]) * row[j]
+    elif size == 4:
+        row = _K4[int64(rotation)]
+        for j in range(64):
+            total += uint64(words[j]) * row[j]
+    elif size == 8:
+        row = _K8[int64(rotation)]
+        for j in range(128):
+            total += uint64(words[j]) * row[j]
+    else:
+        row = _K1[int64(rotation >> uint32(2))]
+        for j in range(16):
+            total += uint64(words[j]) * row[j]
+    return total
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _load_floats(address: Any, kind: Any, x: Any) -> None:
+    """64 elements of a type of at most 32 bits as float32."""
+    if kind == BF16:
+        half = numba.carray(_p_u16(address), (64,))
+        for c in range(64):
+            x[c] = _to_float(uint32(uint32(half[c]) << uint32(16)))
+    elif kind == F16:
+        half = numba.carray(_p_u16(address), (64,))
+        scale = _to_float(uint32(0x77800000))
+        for c in range(64):
+            h = uint32(half[c])
+            body = uint32(uint32(h & uint32(0x7FFF)) << uint32(13))
+            value = _to_float(body) * scale
+            special = _to_float(uint32(body | uint32(0x7F800000)))
+            is_special = uint32(h & uint32(0x7C00)) == uint32(0x7C00)
+            chosen = special if is_special else value
+            sign = uint32(uint32(h & uint32(0x8000)) << uint32(16))
+            x[c] = _to_float(uint32(_to_bits(chosen) | sign))
+    else:
+        wide = numba.carray(_p_f32(address), (64,))
+        for c in range(64):
+            x[c] = wide[c]
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _stage(source: Any, count: Any, offset: Any, stage: Any) -> None:
+    """Copies bytes into a zeroed block at an offset."""
+    data = numba.carray(_p_u8(source), (count,))
+    stage[:] = 0
+    for k in range(count):
+        stage[offset + k] = data[k]
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _sanitize(x: Any, first: Any, last: Any, out: Any) -> Any:
+    """Counts non-finite lanes and zeroes them; returns how many are finite."""
+    bits = out.view(np.int64)
+    finite = 0
+    for c in range(first, last):
+        v = x[c]
+        if v != v:
+            bits[records.NAN] += 1
+        elif v == np.inf:
+            bits[records.POSITIVE_INF] += 1
+        elif v == -np.inf:
+            bits[records.NEGATIVE_INF] += 1
+        else:
+            finite += 1
+            out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(v))
+            out[records.MINIMUM] = min(out[records.MINIMUM], float64(v))
+            continue
+        x[c] = 0
+    return finite
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _float_span(entry: Any, out: Any, careful: Any) -> Any:
+    """Adds a span of bf16, fp16 or float32; returns False if it met a non-finite one.
+
+    In that case `out` is left as it was and the caller comes again with `careful`.
+    """
+    kind, size = entry[KIND], _SIZE[entry[KIND]]
+    stage = np.zeros(64 * 8, dtype=np.uint8)
+    x = np.zeros(64, dtype=np.float32)
+    sums = np.zeros((8, 64), dtype=np.float32)
+    wide_sums = np.zeros((8, 64), dtype=np.float64)
+    total = np.zeros(64, dtype=np.float32)
+    squares = np.zeros(64, dtype=np.float32)
+    wide_total = np.zeros(64, dtype=np.float64)
+    wide_squares = np.zeros(64, dtype=np.float64)
+    high = np.full(64, -np.inf, dtype=np.float32)
+    low = np.full(64, np.inf, dtype=np.float32)
+    poison = np.zeros(64, dtype=np.float32)
+    checksum = uint64(0)
+    pending = 0
+    for r in range(entry[ROWS]):
+        source = entry[ADDRESS] + r * entry[ROW_BYTES]
+        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+        done = int64(0)
+        while done < entry[COLUMNS]:
+            lane = (index + done) & 63
+            count = min(64 - lane, entry[COLUMNS] - done)
+            address = source + done * size
+            if count < 64:
+                _stage(address, count * size, lane * size, stage)
+                address = stage.ctypes.data
+            _load_floats(address, kind, x)
+            base = _base(uint64((index + done) >> 6))
+            rotation = uint32(base >> uint32(26))
+            checksum += _block_checksum(address, size, rotation) * _block_factor(base)
+            if careful:
+                _sanitize(x, lane, lane + count, out)
+            elif count == 64:
+                for c in range(64):
+                    v = x[c]
+                    high[c] = max(high[c], v)
+                    low[c] = min(low[c], v)
+                    poison[c] += v - v
+            else:
+                for c in range(lane, lane + count):
+                    v = x[c]
+                    high[c] = max(high[c], v)
+                    low[c] = min(low[c], v)
+                    poison[c] += v - v
+            for c in range(64):
+                total[c] += x[c]
+                squares[c] += x[c] * x[c]
+            signs = _mix(uint32(base + uint32(0x9E3779B9)))
+            group = int64(rotation >> uint32(3))
+            inner = int64(rotation & uint32(7))
+            for j in range(8):
+                if j == 4:
+                    signs = _mix(uint32(base + uint32(0x3C6EF372)))
+                target = (j ^ group) * 8
+                for c in range(8):
+                    shift = uint32((j & 3) * 8 + c)
+                    flip = uint32(uint32(~uint32(signs >> shift)) << uint32(31))
+                    signed = _to_float(uint32(_to_bits(x[j * 8 + c]) ^ flip))
+                    sums[inner, target + c] += signed
+            pending += 1
+            if pending == _FLUSH_BLOCKS:
+                pending = 0
+                for c in range(64):
+                    wide_total[c] += total[c]
+                    wide_squares[c] += squares[c]
+                    total[c] = 0
+                    squares[c] = 0
+                for k in range(8):
+                    for c in range(64):
+                        wide_sums[k, c] += sums[k, c]
+                        sums[k, c] = 0
+            done += count
+    if not careful:
+        for c in range(64):
+            if poison[c] != poison[c]:
+                return False
+        for c in range(64):
+            out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high[c]))
+            out[records.MINIMUM] = min(out[records.MINIMUM], float64(low[c]))
+    for c in range(64):
+        out[records.TOTAL] += wide_total[c] + total[c]
+        out[records.SQUARES] += wide_squares[c] + squares[c]
+        for k in range(8):
+            out[records.SKETCH + (c ^ k)] += wide_sums[k, c] + sums[k, c]
+    out.view(np.uint64)[records.CHECKSUM] += checksum
+    return True
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _double_span(entry: Any, out: Any) -> None:
+    """Adds a span of float64."""
+    stage = np.zeros(64 * 8, dtype=np.uint8)
+    x = np.zeros(64, dtype=np.float64)
+    checksum = uint64(0)
+    for r in range(entry[ROWS]):
+        source = entry[ADDRESS] + r * entry[ROW_BYTES]
+        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+        done = int64(0)
+        while done < entry[COLUMNS]:
+            lane = (index + done) & 63
+            count = min(64 - lane, entry[COLUMNS] - done)
+            address = source + done * 8
+            if count < 64:
+                _stage(address, count * 8, lane * 8, stage)
+                address = stage.ctypes.data
+            values = numba.carray(_p_f64(address), (64,))
+            for c in range(64):
+                x[c] = values[c]
+            base = _base(uint64((index + done) >> 6))
+            rotation = uint32(base >> uint32(26))
+            checksum += _block_checksum(address, 8, rotation) * _block_factor(base)
+            _sanitize(x, lane, lane + count, out)
+            first = _mix(uint32(base + uint32(0x9E3779B9)))
+            second = _mix(uint32(base + uint32(0x3C6EF372)))
+            for c in range(lane, lane + count):
+                out[records.TOTAL] += x[c]
+                out[records.SQUARES] += x[c] * x[c]
+                signs = first if c < 32 else second
+                positive = (signs >> uint32(c & 31)) & uint32(1)
+                bucket = records.SKETCH + (c ^ int64(rotation))
+                out[bucket] += x[c] if positive else -x[c]
+            done += count
+    out.view(np.uint64)[records.CHECKSUM] += checksum
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _load_integers(address: Any, kind: Any, x: Any) -> None:
+    """64 elements of an integer type as int64 (the bits of a uint64)."""
+    if kind == I8:
+        i8 = numba.carray(_p_i8(address), (64,))
+        for c in range(64):
+            x[c] = i8[c]
+    elif kind == U8:
+        u8 = numba.carray(_p_u8(address), (64,))
+        for c in range(64):
+            x[c] = u8[c]
+    elif kind == I16:
+        i16 = numba.carray(_p_i16(address), (64,))
+        for c in range(64):
+            x[c] = i16[c]
+    elif kind == U16:
+        u16 = numba.carray(_p_u16(address), (64,))
+        for c in range(64):
+            x[c] = u16[c]
+    elif kind == I32:
+        i32 = numba.carray(_p_i32(address), (64,))
+        for c in range(64):
+            x[c] = i32[c]
+    elif kind == U32:
+        u32 = numba.carray(_p_u32(address), (64,))
+        for c in range(64):
+            x[c] = u32[c]
+    else:
+        i64 = numba.carray(_p_i64(address), (64,))
+        for c in range(64):
+            x[c] = i64[c]
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _integer_span(entry: Any, out: Any) -> None:
+    """Adds a span of an integer or boolean type: maximum, minimum, checksum."""
+    kind, size = entry[KIND], _SIZE[entry[KIND]]
+    stage = np.zeros(64 * 8, dtype=np.uint8)
+    x = np.zeros(64, dtype=np.int64)
+    bits = out.view(np.int64)
+    # Flipping the top bit orders uint64 as int64 does.
+    bias = int64(-(2**63)) if kind == U64 else int64(0)
+    high = bits[records.MAXIMUM] ^ bias
+    low = bits[records.MINIMUM] ^ bias
+    if bits[records.COUNT] == 0:
+        high, low = int64(-(2**63)), int64(2**63 - 1)
+    checksum = uint64(0)
+    for r in range(entry[ROWS]):
+        source = entry[ADDRESS] + r * entry[ROW_BYTES]
+        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+        done = int64(0)
+        while done < entry[COLUMNS]:
+            lane = (index + done) & 63
+            count = min(64 - lane, entry[COLUMNS] - done)
+            address = source + done * size
+            if count < 64:
+                _stage(address, count * size, lane * size, stage)
+                address = stage.ctypes.data
+            _load_integers(address, kind, x)
+            for c in range(lane, lane + count):
+                v = x[c] ^ bias
+                high = max(high, v)
+                low = min(low, v)
+            base = _base(uint64((index + done) >> 6))
+            rotation = uint32(base >> uint32(26))
+            checksum += _block_checksum(address, size, rotation) * _block_factor(base)
+            done += count
+    bits[records.MAXIMUM] = high ^ bias
+    bits[records.MINIMUM] = low ^ bias
+    out.view(np.uint64)[records.CHECKSUM] += checksum
+
+
+@numba.njit(
+    "void(int64[:, ::1], float64[:, ::1], int64, int64)", **_OPTIONS
+)  # type: ignore[untyped-decorator]
+def measure_table(table: Any, rows: Any, address: Any, first_row: Any) -> None:
+    """Adds the spans of a table to the rows they name.
+
+    Args:
+        table: (n, 8) int64: offset in bytes, rows, columns, bytes from row to row,
+            first index, index step from row to row, row to add to, kind.
+        rows: (m, 73) float64. A row whose count is 0 is started afresh.
+        address: Where the tensor's first element lies; offsets start here.
+        first_row: Added to the row numbers of the table.
+    """
+    for k in range(table.shape[0]):
+        entry = table[k].copy()
+        entry[ADDRESS] += address
+        out = rows[first_row + entry[ROW]]
+        bits = out.view(np.int64)
+        kind = entry[KIND]
+        if bits[records.COUNT] == 0:
+            out[:] = 0.0
+            if kind <= F64:
+                out[records.MAXIMUM] = -np.inf
+                out[records.MINIMUM] = np.inf
+        if kind < F64:
+            if not _float_span(entry, out, False):
+                _float_span(entry, out, True)
+        elif kind == F64:
+            _double_span(entry, out)
+        else:
+            _integer_span(entry, out)
+        bits[records.COUNT] += entry[ROWS] * entry[COLUMNS]
+
+
+def as_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Row length and row stride of a tensor seen as rows of its dimension 0.
+
+    Returns:
+        (elements a row, elements from row to row), or None where the dimensions
+        behind the first are not contiguous, so that they cannot be seen as one.
+    """
+    width = 1
+    for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
+        if size != 1 and stride != width:
+            return None
+        width *= size
+    return width, (strides[0] if shape else 1)
+
+
+class CpuBackend:
+    """Statistics of CPU tensors by the compiled kernel."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._reference = ReferenceBackend()
+
+    def measure(
+        self, tensor: torch.Tensor, parts: Sequence[Sequence[Span]], rows: Rows
+    ) -> None:
+        """See `spec.Backend.measure`."""
+        kind = KINDS.get(tensor.dtype)
+        if kind is None:
+            self._reference.measure(tensor, parts, rows)
+            return
+        if tensor.is_neg() or as_rows(tensor.shape, tensor.stride()) is None:
+            tensor = tensor.detach().resolve_neg().contiguous()
+        layout = as_rows(tensor.shape, tensor.stride())
+        assert layout is not None
+        table = build_table(parts, layout[1], tensor.element_size(), kind)
+        rows[:] = 0.0
+        measure_table(table, rows, tensor.data_ptr(), 0)
+
+
+def build_table(
+    parts: Sequence[Sequence[Span]], row_stride: int, size: int, kind: int
+) -> Table:
+    """The kernel's table for the parts of a tensor.
+
+    Args:
+        parts: Part i is added to row i.
+        row_stride: Elements from row to row of the tensor.
+        size: Bytes of an element.
+        kind: Kernel's number of the element type.
+    """
+    entries = [
+        (
+            (span.first_row * row_stride + span.first_column) * size,
+            *collapse(span, row_stride, size),
+            row,
+            kind,
+        )
+        for row, spans in enumerate(parts)
+        for span in spans
+        if span.rows and span.columns
+    ]
+    return np.array(entries, dtype=np.int64).reshape(-1, TABLE_WIDTH)
+
+
+def collapse(
+    span: Span, row_stride: int, size: int
+) -> tuple[int, int, int, int, int]:
+    """Rows, columns, bytes a row, first index, index stride; one long row if it can be.
+
+    Args:
+        span: The span.
+        row_stride: Elements from row to row in memory.
+        size: Bytes of one element.
+    """
+    if row_stride == span.columns == span.index_stride:
+        return 1, span.rows * span.columns, 0, span.first_index, 0
+    return (
+        span.rows,
+        span.columns,
+        row_stride * size,
+        span.first_index,
+        span.index_stride,
+    )
+
+
+def checksum_memory(address: int, count: int, size: int) -> int:
+    """Checksum of elements that lie one behind the other in memory.
+
+    Args:
+        address: Of the first element.
+        count: Number of elements.
+        size: Bytes of an element: 1, 2, 4 or 8.
+
+    Returns:
+        An integer of 64 bits.
+    """
+    if count == 0:
+        return 0
+    rows = np.zeros((1, records.ROW_WIDTH))
+    kind = {1: U8, 2: U16, 4: U32, 8: U64}[size]
+    table = np.array([[0, 1, count, 0, 0, 0, 0, kind]], dtype=np.int64)
+    measure_table(table, rows, address, 0)
+    return int(rows.view(np.uint64)[0, records.CHECKSUM])

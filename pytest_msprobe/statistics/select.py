@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend measures tensors of a device, and why."""
+
+from pytest_msprobe.compat import has_module
+from pytest_msprobe.statistics.spec import Backend
+
+
+def select_backend(device_type: str) -> tuple[Backend, str]:
+    """The fastest backend for a device.
+
+    Args:
+        device_type: torch's name, e.g. `cpu` or `cuda`.
+
+    Returns:
+        The backend, and the reason of the choice for the provenance.
+    """
+    if device_type == "cpu" and has_module("numba"):
+        from pytest_msprobe.statistics.cpu import CpuBackend  # noqa: PLC0415 - compiles
+
+        return CpuBackend(), "cpu: compiled by numba"
+    from pytest_msprobe.statistics.reference import ReferenceBackend  # noqa: PLC0415
+
+    reason = "numba is not installed" if device_type == "cpu" else "no kernel for it yet"
+    return ReferenceBackend(), f"reference: {device_type}: {reason}"
