@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two captures can be compared at all, and what else differs between them."""
+
+from typing import Any
+
+from pytest_msprobe.dump.capture import Header
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def differences(
+    golden: dict[str, Any], candidate: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with the golden's and the candidate's value."""
+    a, b = flatten(golden), flatten(candidate)
+    return [
+        (key, a.get(key), b.get(key))
+        for key in [*a, *(key for key in b if key not in a)]
+        if a.get(key) != b.get(key)
+    ]
+
+
+def incomparable_reasons(golden: Header, candidate: Header) -> list[str]:
+    """Why two captures cannot be compared; empty if they can."""
+    reasons = [
+        f"{key}: golden {old!r}, here {new!r}"
+        for key, old, new in differences(golden.signature, candidate.signature)
+    ]
+    if golden.world != candidate.world:
+        reasons.append(f"ranks: golden {golden.world}, here {candidate.world}")
+    here = {request.label: request for request in candidate.requests}
+    for request in golden.requests:
+        other = here.get(request.label)
+        if other is None:
+            reasons.append(f"request {request.label}: was not scheduled here")
+        elif other.prompt_sha256 != request.prompt_sha256:
+            reasons.append(
+                f"request {request.label}: another prompt (golden {request.prompt_tokens} "
+                f"tokens, here {other.prompt_tokens})"
+            )
+    known = {request.label for request in golden.requests}
+    reasons.extend(
+        f"request {label}: not in the golden" for label in here if label not in known
+    )
+    return reasons

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PrecisionDebugger` with msProbe's constructor and methods, for code that has it."""
+
+import atexit
+import contextlib
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig, parse_debugger_config
+from pytest_msprobe.config.source import Source, read_source
+from pytest_msprobe.debugger.ranks import current_rank
+from pytest_msprobe.debugger.recorder import Models, Recorder
+from pytest_msprobe.errors import CaptureError, ConfigError
+
+_LOG = logging.getLogger("pytest_msprobe")
+_DEFAULT_DUMP_PATH = "./dump_path"
+
+
+class PrecisionDebugger:
+    """Records what a model computes between `start` and `stop`.
+
+    One object a process: a later construction returns the first one and ignores its
+    arguments, as msProbe does. Every method can be called on the class as well. What
+    goes wrong while recording is logged as an error and kept in `error`; it never
+    breaks the model.
+
+    Attributes:
+        config: What to record.
+        error: First error met while recording, or None.
+
+    Source: constructor and methods of msProbe 26.2's PrecisionDebugger.
+    """
+
+    _instance: ClassVar["PrecisionDebugger | None"] = None
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    _is_ready: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Returns the object of this process, made by the first call."""
+        del args, kwargs
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = super().__new__(cls)
+            return cls._instance  # type: ignore[return-value]
+
+    def __init__(
+        self,
+        config_path: str | None = None,
+        task: str | None = None,
+        dump_path: str | None = None,
+        level: str | None = None,
+        step: list[int | str] | None = None,
+    ) -> None:
+        """Reads the configuration; arguments given here win over the file's keys.
+
+        Args:
+            config_path: An msProbe config.json, None for the defaults.
+            task: statistics, tensor or structure.
+            dump_path: Folder of the dump.
+            level: L0, L1 or mix.
+            step: Steps to record, whole numbers and ranges `"a-b"`.
+
+        Raises:
+            ConfigError: An argument or a value in the file is wrong.
+        """
+        if self._is_ready:
+            return
+        try:
+            self.config = _read_config(config_path, task, dump_path, level, step)
+        except ConfigError:
+            type(self)._instance = None
+            raise
+        self.error: BaseException | None = None
+        self._recorder: Recorder | None = None
+        self._recording: contextlib.ExitStack | None = None
+        self._step = 0
+        self._rank: int | None = None
+        self._is_rank_known = False
+        self._has_open_step = False
+        self._is_ready = True
+        atexit.register(self._flush)
+
+    @classmethod
+    def _get(cls) -> "PrecisionDebugger":
+        if cls._instance is None:
+            message = "PrecisionDebugger was not constructed in this process"
+            hint = "construct it before start, stop or step"
+            raise CaptureError(message, slug="no-debugger", hint=hint)
+        return cls._instance
+
+    @classmethod
+    def start(
+        cls,
+        model: Models | None = None,
+        token_range: list[int] | None = None,
+        rank_id: int | None = None,
+        scheduled_tokens: dict[str, int] | None = None,
+    ) -> None:
+        """Starts recording; a second start in a step goes on with it.
+
+        Args:
+            model: A module, or a list or tuple of modules; needed at L0 and mix.
+            token_range: Not supported by this version.
+            rank_id: Rank of this process, taken from torch.distributed if not given.
+                The first one known is kept.
+            scheduled_tokens: Accepted for vLLM-Ascend's call; not used.
+
+        Raises:
+            CaptureError: No object was constructed, or the level needs a model.
+            ConfigError: An argument is wrong or not supported.
+        """
+        del scheduled_tokens
+        with cls._lock:
+            self = cls._get()
+            if token_range is not None:
+                message = f"token_range {token_range!r}: not supported by this version"
+                raise ConfigError(message, slug="token-range", hint="leave it out")
+            self._settle_rank(rank_id)
+            if self._recording is not None or not self._is_wanted():
+                return
+            recorder = self._get_recorder()
+            recorder.attach(model)
+            frame = sys._getframe(1)  # noqa: SLF001 - stacks end at the caller
+            recorder.begin_step(self._step, frame=frame.f_back)
+            self._has_open_step = True
+            self._recording = recorder.start_recording()
+
+    @classmethod
+    def stop(cls) -> None:
+        """Stops recording; harmless when nothing was started."""
+        with cls._lock:
+            self = cls._get()
+            if self._recording is not None:
+                self._recording.close()
+                self._recording = None
+
+    @classmethod
+    def step(cls) -> None:
+        """Writes the step and begins the next one.
+
+        Recording that was not stopped goes on in the next step.
+        """
+        with cls._lock:
+            self = cls._get()
+            self._write_step()
+            self._step += 1
+            if self._recording is None:
+                return
+            self._recording.close()
+            self._recording = None
+            if self._is_wanted():
+                recorder = self._get_recorder()
+                recorder.begin_step(self._step)
+                self._has_open_step = True
+                self._recording = recorder.start_recording()
+
+    @classmethod
+    def set_init_step(cls, step: int) -> None:
+        """Gives the current step a number.
+
+        Raises:
+            ConfigError: It is not a whole number >= 0.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            message = f"step {step!r}: expected a whole number >= 0"
+            raise ConfigError(message, slug="init-step")
+        with cls._lock:
+            cls._get()._step = step
+
+    @classmethod
+    def reset(cls) -> None:
+        """Writes what is open, takes all wrappers off and forgets the object."""
+        with cls._lock:
+            self = cls._instance
+            if self is None:
+                return
+            self._flush()
+            if self._recorder is not None:
+                self._recorder.detach()
+            atexit.unregister(self._flush)
+            cls._instance = None
+
+    def _is_wanted(self) -> bool:
+        if self.config.rank and self._rank not in self.config.rank:
+            return False
+        return not self.config.step or self._step in self.config.step
+
+    def _settle_rank(self, rank_id: int | None) -> None:
+        if self._is_rank_known:
+            return
+        if rank_id is not None and (
+            isinstance(rank_id, bool) or not isinstance(rank_id, int) or rank_id < 0
+        ):
+            message = f"rank_id {rank_id!r}: expected a whole number >= 0"
+            raise ConfigError(message, slug="rank-id")
+        self._rank = rank_id if rank_id is not None else current_rank()
+        self._is_rank_known = True
+        if self.config.rank and self._rank not in self.config.rank:
+            _LOG.warning(
+                "nothing is recorded in this process: rank %s is not among %s",
+                self._rank,
+                list(self.config.rank),
+            )
+
+    def _get_recorder(self) -> Recorder:
+        if self._recorder is None:
+            path = Path(self.config.dump_path or _DEFAULT_DUMP_PATH)
+            self._recorder = Recorder(
+                self.config, path, rank=self._rank, keeps_steps=False
+            )
+        return self._recorder
+
+    def _write_step(self) -> None:
+        if self._recorder is None or not self._has_open_step:
+            return
+        self._recorder.end_step()
+        self._has_open_step = False
+        self._note_error()
+
+    def _note_error(self) -> None:
+        assert self._recorder is not None
+        error = self._recorder.collector.error
+        if error is not None and self.error is None:
+            self.error = error
+            _LOG.error("recording stopped: %s: %s", type(error).__name__, error)
+
+    def _flush(self) -> None:
+        """Writes an open step and waits for the files."""
+        with self._lock:
+            if self._recording is not None:
+                self._recording.close()
+                self._recording = None
+            if self._recorder is None:
+                return
+            self._write_step()
+            try:
+                self._recorder.close()
+            except CaptureError:
+                self._note_error()
+
+
+def _read_config(
+    config_path: str | None,
+    task: str | None,
+    dump_path: str | None,
+    level: str | None,
+    step: list[int | str] | None,
+) -> DebuggerConfig:
+    source = Source(None, {})
+    if config_path is not None:
+        if not isinstance(config_path, str):
+            message = f"config_path {config_path!r}: expected text"
+            raise ConfigError(message, slug="config-path")
+        source = read_source(Path(config_path))
+    overrides = {"task": task, "dump_path": dump_path, "level": level, "step": step}
+    config = parse_debugger_config(source, overrides=overrides)
+    if config_path is not None and config.dump_path is None:
+        message = f"{config_path}: dump_path: expected the folder of the dump"
+        raise ConfigError(message, slug="dump-path")
+    return config

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level L1: a torch function mode sees the calls of torch and of every operator.
+
+Which calls become rows, and under which name, is decided once per function and kept in
+a table: functions of the list file, operators of every namespace; everything else is
+passed through, except that allocations and writes are noted for the roles of slots.
+"""
+
+import dis
+import functools
+import importlib
+import importlib.util
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType, FunctionType, MethodWrapperType
+from typing import Any
+
+import torch
+import yaml
+from torch.overrides import TorchFunctionMode
+
+from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.errors import ConfigError
+from pytest_msprobe.model.calls import CallRecord, TensorValue
+
+LIST_FILE = Path(__file__).with_name("support_wrap_ops.yaml")
+
+_GROUPS: dict[str, tuple[str, str]] = {
+    # group: prefix, where the functions live
+    "functional": ("Functional", "torch.nn.functional"),
+    "tensor": ("Tensor", "torch.Tensor"),
+    "torch": ("Torch", "torch"),
+    "_VF": ("VF", "torch._VF"),
+    "distributed": ("Distributed", "torch.distributed"),
+}
+_IGNORED_GROUPS = ("aten", "torch_npu", "npu_distributed", "mindspeed")
+_ALLOCATORS = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "empty_permuted",
+    "new_empty",
+    "new_empty_strided",
+)
+# Arguments that hold no numbers, by the name in the operator's schema.
+_HANDLE = re.compile(
+    r"(^|_)(ptrs?|pointers?|handles?|handler(_tensor)?|workspace|scratch|"
+    r"semaphores?|barrier|locks?)$"
+)
+_CACHE = re.compile(r"(^|_)(kv_?cache|key_cache|value_cache|k_cache|v_cache)s?$")
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    f"__{name}__": getattr(operator, f"__{name}__")
+    for name in (
+        "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift "
+        "eq ne lt le gt ge iadd isub imul itruediv ifloordiv imod ipow iand ior ixor "
+        "ilshift irshift"
+    ).split()
+}
+_OPERATOR_OPCODES = frozenset(
+    dis.opmap[name] for name in ("BINARY_OP", "COMPARE_OP") if name in dis.opmap
+)
+
+
+class Action(Enum):
+    """What is done with the calls of a function."""
+
+    PASS = 0
+    ALLOCATE = 1
+    WRITE = 2
+    RECORD = 3
+
+
+@dataclass(slots=True)
+class Entry:
+    """What is known of one function.
+
+    Attributes:
+        action: What is done with its calls.
+        prefix: Text of a row's name before the number.
+        operator_prefix: The same for calls made by an operator (`a + b`), or None.
+        positions: Positional arguments that it writes.
+        names: Keyword arguments that it writes.
+        writes_unmarked: It returns nothing and marks nothing, so it may write all.
+        opaque: Positions and names of arguments that hold no numbers.
+    """
+
+    action: Action
+    prefix: str = ""
+    operator_prefix: str | None = None
+    positions: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    writes_unmarked: bool = False
+    opaque: tuple[int | str, ...] = ()
+
+
+def read_op_list(path: Path | None) -> dict[str, list[str]]:
+    """Reads a list file: groups of function names.
+
+    Args:
+        path: A user's file, None for the packaged one.
+
+    Raises:
+        ConfigError: The file cannot be read or has another form.
+    """
+    source = path or LIST_FILE
+    try:
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        message = f"{source}: cannot be read as a list of APIs ({error})"
+        raise ConfigError(message.replace("\n", " "), slug="op-list") from error
+    if not isinstance(data, dict):
+        message = f"{source}: expected groups of API names"
+        raise ConfigError(message, slug="op-list")
+    for group, names in data.items():
+        is_list = isinstance(names, list) and all(isinstance(n, str) for n in names)
+        if group in _IGNORED_GROUPS:
+            continue
+        if group not in _GROUPS and "." not in str(group) and not _importable(group):
+            known = ", ".join(_GROUPS)
+            message = f"{source}: {group}: expected one of {known} or a module"
+            raise ConfigError(message, slug="op-list")
+        if names is not None and not is_list:
+            message = f"{source}: {group}: expected a list of names"
+            raise ConfigError(message, slug="op-list")
+    return {str(group): list(names or []) for group, names in data.items()}
+
+
+def _importable(name: object) -> bool:
+    return isinstance(name, str) and (
+        name in sys.modules or importlib.util.find_spec(name) is not None
+    )
+
+
+def _resolve(owner: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        owner = getattr(owner, part, None)
+        if owner is None:
+            return None
+    return owner
+
+
+def _owner(group: str) -> Any:
+    place = _GROUPS[group][1] if group in _GROUPS else group
+    if place == "torch.Tensor":
+        return torch.Tensor
+    try:
+        return importlib.import_module(place)
+    except ImportError:
+        return _resolve(torch, place.removeprefix("torch."))
+
+
+@functools.cache
+def operator_functions() -> dict[Any, tuple[str, ...]]:
+    """Which function a mode sees for each Python operator, found by trying."""
+    seen: dict[Any, list[str]] = {}
+    current = ""
+
+    class Probe(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Any,
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
+            del types
+            seen.setdefault(func, []).append(current)
+            return func(*args, **(kwargs or {}))
+
+    for name, function in _OPERATORS.items():
+        sample = torch.ones(2, 2) if "matmul" in name or "truediv" in name else None
+        left = sample if sample is not None else torch.ones(2, 2, dtype=torch.int64)
+        current = name
+        with Probe():
+            try:
+                function(left, left)
+            except (TypeError, RuntimeError):
+                continue
+    return {function: tuple(names) for function, names in seen.items()}
+
+
+class FunctionTable:
+    """What to do with each function, decided once."""
+
+    def __init__(
+        self, collector: Collector, op_list: dict[str, list[str]], namespaces: Iterable[str]
+    ) -> None:
+        self._collector = collector
+        self._namespaces = frozenset(namespaces)
+        self._entries: dict[Any, Entry] = {}
+        self.unseen: list[tuple[Any, str, Entry]] = []
+        for group, names in op_list.items():
+            if group not in _IGNORED_GROUPS:
+                self._add_group(group, names)
+        for name in _ALLOCATORS:
+            for owner in (torch, torch.Tensor):
+                function = getattr(owner, name, None)
+                if function is not None and function not in self._entries:
+                    self._entries[function] = Entry(Action.ALLOCATE)
+
+    def _add_group(self, group: str, names: list[str]) -> None:
+        owner = _owner(group)
+        prefix = _GROUPS[group][0] if group in _GROUPS else group
+        takes = self._collector.selection.takes_api
+        listed = set(names)
+        for name in names:
+            function = _resolve(owner, name)
+            api = name.rpartition(".")[2]
+            if function is None or not callable(function):
+                continue
+            if name in _ALLOCATORS:
+                self._entries[function] = Entry(Action.ALLOCATE)
+                continue
+            if not takes(api, prefix):
+                continue
+            self._add(owner, function, name, prefix, group)
+        if group == "tensor":
+            for function, operators in operator_functions().items():
+                self._add_operators(function, operators, listed)
+
+    def _add(
+        self, owner: Any, function: Any, name: str, prefix: str, group: str
+    ) -> None:
+        api = name.rpartition(".")[2]
+        entry = Entry(Action.RECORD, f"{prefix}.{api}.")
+        if _is_in_place(api):
+            entry.positions = (0,)
+        if group == "distributed" or not _is_seen_by_mode(function):
+            self.unseen.append((owner, name, entry))
+        elif function not in self._entries:
+            self._entries[function] = entry
+
+    def _add_operators(
+        self, function: Any, operators: tuple[str, ...], listed: set[str]
+    ) -> None:
+        """Gives a function that operators call a second name."""
+        names = [name for name in operators if name in listed]
+        takes = self._collector.selection.takes_api
+        names = [name for name in names if takes(name, "Tensor")]
+        entry = self._entries.get(function)
+        if not names:
+            return
+        prefix = f"Tensor.{names[0]}."
+        if entry is None or entry.action is not Action.RECORD:
+            entry = self._entries[function] = Entry(Action.RECORD, "")
+        if entry.prefix != prefix:
+            entry.operator_prefix = prefix
+        if any(_is_in_place(name) for name in names):
+            entry.positions = (0,)
+
+    def lookup(self, function: Any) -> Entry:
+        """What to do with a function's calls."""
+        entry = self._entries.get(function)
+        if entry is None:
+            entry = self._entries[function] = self._classify(function)
+        return entry
+
+    def _classify(self, function: Any) -> Entry:
+        if isinstance(function, torch._ops.OpOverloadPacket | torch._ops.OpOverload):  # noqa: SLF001
+            return self._classify_operator(function)
+        name = getattr(function, "__name__", "")
+        if _is_in_place(name):
+            return Entry(Action.WRITE, positions=(0,))
+        return Entry(Action.PASS)
+
+    def _classify_operator(self, function: Any) -> Entry:
+        namespace, _, name = str(function).partition(".")
+        api = name.partition(".")[0]
+        overloads = _overloads(function)
+        if namespace == "prim" or not overloads:
+            return Entry(Action.PASS)
+        if namespace in self._namespaces:
+            prefix = namespace
+        else:
+            prefix = namespace[:1].upper() + namespace[1:]
+        if not self._collector.selection.takes_api(api, prefix):
+            return Entry(Action.PASS)
+        entry = Entry(Action.RECORD, f"{prefix}.{api}.")
+        positions: set[int] = set()
+        names: set[str] = set()
+        opaque: list[int | str] = []
+        returns_nothing = True
+        for overload in overloads:
+            schema = overload._schema  # noqa: SLF001 - torch has no other access
+            returns_nothing = returns_nothing and not schema.returns
+            for index, argument in enumerate(schema.arguments):
+                alias = argument.alias_info
+                if alias is not None and alias.is_write:
+                    positions.add(index)
+                    names.add(argument.name)
+                if _HANDLE.search(argument.name) or _CACHE.search(argument.name):
+                    opaque.extend((index, argument.name))
+        entry.positions, entry.names = tuple(sorted(positions)), tuple(sorted(names))
+        entry.writes_unmarked = returns_nothing and not positions
+        entry.opaque = tuple(opaque)
+        return entry
+
+
+def _overloads(function: Any) -> list[Any]:
+    if isinstance(function, torch._ops.OpOverload):  # noqa: SLF001
+        return [function]
+    found = [getattr(function, name) for name in function.overloads()]
+    return [overload for overload in found if hasattr(overload, "_schema")]
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__") and name.endswith("__"):
+        return name == "__setitem__" or (name[2:3] == "i" and name in _OPERATORS)
+    return name.endswith("_") and not name.startswith("_")
+
+
+def _is_seen_by_mode(function: Any) -> bool:
+    """Whether calls of a function reach a function mode.
+
+    Everything implemented in C does; a Python function does if it asks torch.overrides.
+    """
+    layer = function
+    while isinstance(layer, FunctionType):
+        code = layer.__code__
+        if any("torch_function" in name for name in code.co_names):
+            return True
+        if code.co_filename.endswith("_jit_internal.py"):  # boolean_dispatch asks inside
+            return True
+        if not hasattr(layer, "__wrapped__"):
+            return False
+        layer = layer.__wrapped__
+    return True
+
+
+class CallSites:
+    """Tells whether a call was made by an operator, from the caller's bytecode."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], bool] = {}
+        self._codes: dict[int, Any] = {}
+
+    def is_operator(self, frame: FrameType) -> bool:
+        """Whether the frame's current instruction is a binary operator."""
+        code, offset = frame.f_code, frame.f_lasti
+        site = (id(code), offset)
+        known = self._known.get(site)
+        if known is None:
+            # The code object is kept so that its id cannot be taken by another one.
+            self._codes[id(code)] = code
+            known = code.co_code[offset] in _OPERATOR_OPCODES
+            self._known[site] = known
+        return known
+
+
+class FunctionMode(TorchFunctionMode):
+    """Records the calls that the table asks for."""
+
+    def __init__(self, collector: Collector, table: FunctionTable) -> None:
+        super().__init__()
+        self._collector = collector
+        self._table = table
+        self._sites = CallSites()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Passes a call through and records it if it is to be recorded."""
+        del types
+        kwargs = kwargs or {}
+        collector = self._collector
+        if type(func) is MethodWrapperType or not collector.is_recording:
+            return func(*args, **kwargs)
+        entry = self._table.lookup(func)
+        if entry.action is Action.PASS:
+            return func(*args, **kwargs)
+        if entry.action is not Action.RECORD:
+            result = func(*args, **kwargs)
+            note_memory(collector, entry, args, result)
+            return result
+        frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
+        prefix = entry.prefix
+        if entry.operator_prefix is not None and self._sites.is_operator(frame):
+            prefix = entry.operator_prefix
+        if not prefix:
+            result = func(*args, **kwargs)
+            note_memory(collector, Entry(Action.WRITE, positions=entry.positions), args, result)
+            return result
+        return record_call(collector, entry, prefix, func, args, kwargs, frame)
+
+
+def note_memory(
+    collector: Collector, entry: Entry, args: tuple[Any, ...], result: Any
+) -> None:
+    """Notes what an unrecorded function did to memory."""
+    try:
+        if entry.action is Action.ALLOCATE:
+            if isinstance(result, torch.Tensor) and result.numel():
+                collector.mark_undefined(result)
+        else:
+            for position in entry.positions:
+                if position < len(args) and isinstance(args[position], torch.Tensor):
+                    collector.mark_written(args[position])
+    except Exception as error:  # noqa: BLE001 - never into the model
+        collector.fail(error)
+
+
+def record_call(
+    collector: Collector,
+    entry: Entry,
+    prefix: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    frame: FrameType,
+) -> Any:
+    """Calls a function and records inputs before and outputs after."""
+    call: CallRecord | None = None
+    try:
+        call = collector.begin_call(prefix, ".forward", prefix, is_module=False)
+        if collector.selection.enter(call.name, is_module=False):
+            collector.take_stack(call, frame)
+            collector.read_inputs(call, args, kwargs)
+            _set_opaque(call, entry)
+        else:
+            collector.selection.leave(call.name, is_module=False)
+            call = None
+    except Exception as error:  # noqa: BLE001 - never into the model
+        collector.fail(error)
+        call = None
+    result = func(*args, **kwargs)
+    try:
+        written = _written(entry, args, kwargs)
+        for tensor in written:
+            collector.mark_written(tensor)
+        if call is not None and collector.is_recording:
+            collector.read_outputs(call, result, written)
+            collector.finish_call(call)
+            collector.selection.leave(call.name, is_module=False)
+    except Exception as error:  # noqa: BLE001 - never into the model
+        collector.fail(error)
+    return result
+
+
+def _set_opaque(call: CallRecord, entry: Entry) -> None:
+    for place in entry.opaque:
+        value: Any = None
+        if isinstance(place, int):
+            if place < len(call.input_args):
+                value = call.input_args[place]
+        else:
+            value = call.input_kwargs.get(place)
+        if isinstance(value, TensorValue):
+            value.role = "opaque"
+
+
+def _written(
+    entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Tensors that a call wrote: marked in its schema, `out=`, or possibly all."""
+    values: list[Any] = []
+    if entry.writes_unmarked:
+        values.extend(args)
+        values.extend(kwargs.values())
+    else:
+        values.extend(args[i] for i in entry.positions if i < len(args))
+        values.extend(kwargs[name] for name in entry.names if name in kwargs)
+    values.append(kwargs.get("out"))
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(item for item in value if isinstance(item, torch.Tensor))
+    return [t for i, t in enumerate(found) if all(t is not other for other in found[:i])]
+
+
+class WrappedFunctions:
+    """Listed functions that a mode cannot see, replaced for the time of a capture."""
+
+    def __init__(self, collector: Collector, table: FunctionTable) -> None:
+        self._collector = collector
+        self._table = table
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def install(self) -> None:
+        """Replaces the functions in their modules."""
+        for owner, dotted, entry in self._table.unseen:
+            path, _, name = dotted.rpartition(".")
+            place = _resolve(owner, path) if path else owner
+            original = getattr(place, name)
+            self._originals.append((place, name, original))
+            setattr(place, name, self._wrap(original, entry))
+
+    def remove(self) -> None:
+        """Puts the originals back."""
+        for place, name, original in reversed(self._originals):
+            setattr(place, name, original)
+        self._originals.clear()
+
+    def _wrap(self, original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
+        collector = self._collector
+
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if not collector.is_recording:
+                return original(*args, **kwargs)
+            frame = sys._getframe(1)  # noqa: SLF001 - stacks start at the caller
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - the outermost call only
+                return record_call(
+                    collector, entry, entry.prefix, original, args, kwargs, frame
+                )
+
+        return function
+
