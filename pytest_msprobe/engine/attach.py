@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches a recorder to a model runner's instance for the time of a capture.
+
+A step opens with an execute_model that schedules tokens and closes when its
+sample_tokens returns, when execute_model returns something else than None, or with an
+exception. Only attributes of the instance are replaced, and all are put back.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pytest_msprobe.compat import vllm_version
+from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.engine.requests import RequestTable, is_real_step
+from pytest_msprobe.engine.tokens import TokenLog
+from pytest_msprobe.errors import EngineError
+from pytest_msprobe.model.segments import StepLayout
+
+ALL_STEPS = -1
+_MISSING = object()
+
+
+class Attachment:
+    """The recorder's hooks on one model runner.
+
+    Attributes:
+        runner: The model runner.
+        recorder: Where steps are recorded.
+        requests: Requests seen in this capture.
+        tokens: What was sampled.
+        recorded_steps: Steps recorded so far.
+    """
+
+    def __init__(
+        self, runner: Any, recorder: Recorder, *, decode_steps: int = ALL_STEPS
+    ) -> None:
+        self.runner = runner
+        self.recorder = recorder
+        self.requests = RequestTable()
+        self.tokens = TokenLog()
+        self.recorded_steps = 0
+        self._decode_steps = decode_steps
+        self._number = 0
+        self._is_open = False
+        self._replaced: list[tuple[Any, str, object]] = []
+
+    def install(self) -> None:
+        """Puts the hooks on.
+
+        Raises:
+            EngineError: The runner lacks a method that every known vLLM has.
+        """
+        for name in ("execute_model", "get_model"):
+            if not callable(getattr(self.runner, name, None)):
+                message = (
+                    f"{type(self.runner).__name__} of vLLM {vllm_version()} has no "
+                    f"{name}"
+                )
+                hint = "this vLLM is not supported; see docs/vllm.md"
+                raise EngineError(message, slug="runner", hint=hint)
+        model = self.runner.get_model()
+        self.recorder.attach(model)
+        self.recorder.collector.set_opaque(self._cache_addresses())
+        self._replace(self.runner, "execute_model", self._execute_model)
+        if callable(getattr(self.runner, "sample_tokens", None)):
+            self._replace(self.runner, "sample_tokens", self._sample_tokens)
+        if callable(getattr(model, "compute_logits", None)):
+            self._replace(model, "compute_logits", self._compute_logits)
+        sampler = getattr(self.runner, "sampler", None)
+        if callable(getattr(sampler, "forward", None)):
+            self._replace(sampler, "forward", self._sample)
+
+    def remove(self) -> None:
+        """Takes the hooks off, in reverse order."""
+        for owner, name, original in reversed(self._replaced):
+            if original is _MISSING:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = original
+        self._replaced.clear()
+
+    def _replace(
+        self, owner: Any, name: str, hook: Callable[..., Callable[..., Any]]
+    ) -> None:
+        original = getattr(owner, name)
+        self._replaced.append((owner, name, owner.__dict__.get(name, _MISSING)))
+        owner.__dict__[name] = functools.wraps(original)(hook(original))
+
+    def _cache_addresses(self) -> frozenset[int]:
+        """First bytes of the KV caches' storages."""
+        found: set[int] = set()
+        pending: list[Any] = [getattr(self.runner, "kv_caches", None)]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, torch.Tensor):
+                if item.numel():
+                    found.add(item.untyped_storage().data_ptr())
+            elif isinstance(item, list | tuple):
+                pending.extend(item)
+            elif isinstance(item, dict):
+                pending.extend(item.values())
+        return frozenset(found)
+
+    # Hooks ---------------------------------------------------------------------
+
+    def _execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            scheduled = args[0] if args else kwargs.get("scheduler_output")
+            if not is_real_step(scheduled, kwargs):
+                return original(*args, **kwargs)
+            if not self._open(scheduled):
+                return original(*args, **kwargs)
+            try:
+                with self.recorder.recording():
+                    result = original(*args, **kwargs)
+            except BaseException:
+                self._close()
+                raise
+            if result is not None:
+                self._close()
+            return result
+
+        return execute_model
+
+    def _sample_tokens(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_open:
+                return original(*args, **kwargs)
+            try:
+                with self.recorder.recording():
+                    self.recorder.collector.phase = "sample"
+                    return original(*args, **kwargs)
+            finally:
+                self._close()
+
+        return sample_tokens
+
+    def _compute_logits(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        collector = self.recorder.collector
+
+        def compute_logits(*args: Any, **kwargs: Any) -> Any:
+            if not collector.is_recording:
+                return original(*args, **kwargs)
+            before = collector.phase
+            collector.phase = "logits"
+            try:
+                logits = original(*args, **kwargs)
+            finally:
+                collector.phase = before
+            try:
+                with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                    self.tokens.note_logits(logits, collector.layout)
+            except Exception as error:  # noqa: BLE001 - never into the model
+                collector.fail(error)
+            return logits
+
+        return compute_logits
+
+    def _sample(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        collector = self.recorder.collector
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if collector.is_recording:
+                try:
+                    with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                        self.tokens.note_sampled(output)
+                except Exception as error:  # noqa: BLE001 - never into the model
+                    collector.fail(error)
+            return output
+
+        return forward
+
+    # Steps ---------------------------------------------------------------------
+
+    def _open(self, scheduled: Any) -> bool:
+        """Begins a step; returns whether it is to be recorded."""
+        collector = self.recorder.collector
+        if self._is_open:  # its sample_tokens was never called
+            self._close()
+        if collector.error is not None:
+            return False
+        try:
+            self.requests.begin_step(scheduled)
+            self.tokens.begin_step()
+            number = self._number
+            self._number += 1
+            wanted = self.recorder.config.step
+            if wanted and number not in wanted:
+                return False
+            behind = self.requests.decode_steps_behind()
+            if self._decode_steps != ALL_STEPS and behind > self._decode_steps:
+                return False
+            self.recorder.begin_step(
+                number,
+                layout_source=self._layout,
+                frame=sys._getframe(2),  # noqa: SLF001 - stacks end at the caller
+            )
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
+            return False
+        self._is_open = True
+        return True
+
+    def _close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        collector = self.recorder.collector
+        try:
+            self.tokens.end_step(self.requests)
+            self.recorder.end_step()
+            self.recorded_steps += 1
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
+
+    def _layout(self, padded_tokens: int | None) -> StepLayout | None:
+        """Rows of the open step; called once the runner has settled the order."""
+        batch = getattr(self.runner, "input_batch", None)
+        order = getattr(batch, "req_ids", None)
+        if order is None:
+            return None
+        return self.requests.layout(list(order), padded_tokens)

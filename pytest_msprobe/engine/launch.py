@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts and ends the engines of the fixture."""
+
+import contextlib
+import gc
+import os
+from typing import Any
+
+from pytest_msprobe.compat import require, vllm_version
+from pytest_msprobe.config.settings import check_eager
+from pytest_msprobe.errors import EngineError
+
+# Settings that make a run repeatable; each can be overridden in the configuration.
+DETERMINISTIC: dict[str, Any] = {
+    "enforce_eager": True,
+    "seed": 0,
+    "enable_prefix_caching": False,
+    "max_num_seqs": 1,
+    "async_scheduling": False,
+}
+_ENVIRONMENT = {
+    # The engine core runs in the test's process: scheduling does not depend on timing.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Workers give themselves our control method.
+    "MSPROBE_ATTACH": "1",
+}
+
+
+def prepare_environment(variables: dict[str, str]) -> None:
+    """Sets variables before torch and vLLM are imported; those set already win for ours.
+
+    Args:
+        variables: From the configuration; they replace what is set.
+    """
+    os.environ.update(variables)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def engine_arguments(configured: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, deterministic defaults under the user's.
+
+    Raises:
+        EngineError: No model is named.
+        ConfigError: The engine would not be eager.
+    """
+    check_eager(configured, where)
+    if not configured.get("model"):
+        message = f"{where}: model: not set; expected the model of msprobe_engine"
+        hint = "name one under engine, or capture an LLM of your own"
+        raise EngineError(message, slug="no-model", hint=hint)
+    return {**DETERMINISTIC, **configured}
+
+
+def start_engine(arguments: dict[str, Any]) -> Any:
+    """Starts a real `vllm.LLM`.
+
+    Raises:
+        MissingDependencyError: vLLM or torch is not installed.
+        EngineError: vLLM could not start the engine; the message gives its reason.
+    """
+    require("torch")
+    vllm = require("vllm")
+    try:
+        return vllm.LLM(**arguments)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        text = reason[-1] if reason else type(error).__name__
+        message = f"vLLM {vllm_version()} could not start the engine: {text}"
+        hint = f"arguments: {arguments}"
+        raise EngineError(message, slug="engine-start", hint=hint) from error
+
+
+def stop_engine(llm: Any) -> None:
+    """Ends an engine with its processes and frees what it held."""
+    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    with contextlib.suppress(Exception):
+        if core is not None:
+            core.shutdown()
+    del core, llm
+    gc.collect()
+    with contextlib.suppress(Exception):
+        from vllm.distributed.parallel_state import (  # noqa: PLC0415 - imported by now
+            cleanup_dist_env_and_memory,
+        )
+
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control of captures inside a vLLM worker, by strings and JSON.
+
+One method is attached to the worker object. It never raises (with tensor parallelism a
+raising RPC leaves stale replies behind) and returns small JSON; data goes to files.
+"""
+
+import json
+import os
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig, config_from_json
+from pytest_msprobe.debugger.assemble import assemble
+from pytest_msprobe.debugger.ranks import current_rank
+from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.dump import capture
+from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
+from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
+from pytest_msprobe.engine.weights import weight_fingerprints
+from pytest_msprobe.errors import CaptureError, MsprobeError
+
+METHOD = "msprobe_control"
+
+
+class WorkerControl:
+    """Starts and stops captures in one worker process."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._attachment: Attachment | None = None
+        self._folder: Path | None = None
+        self._facts: dict[str, Any] = {}
+
+    def control(self, payload: str) -> dict[str, Any]:
+        """Carries out one action; the reply always has the key `ok`.
+
+        Args:
+            payload: JSON with `action` (start, stop, status) and its arguments.
+        """
+        try:
+            request = json.loads(payload)
+            action = {
+                "start": self._start,
+                "stop": self._stop,
+                "status": self._status,
+            }[request.pop("action")]
+            return {"ok": True, **action(**request)}
+        except MsprobeError as error:
+            return {"ok": False, "error": str(error), "slug": error.slug}
+        except Exception as error:  # noqa: BLE001 - an RPC never raises
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            return {"ok": False, "error": text, "slug": "worker"}
+
+    def _status(self) -> dict[str, Any]:
+        runner = self._worker.model_runner
+        attachment = self._attachment
+        return {
+            "rank": current_rank() or 0,
+            "runner": type(runner).__name__,
+            "capturing": attachment is not None,
+            "steps": attachment.recorded_steps if attachment else 0,
+        }
+
+    def _start(
+        self, config: dict[str, Any], folder: str, decode_steps: int = ALL_STEPS
+    ) -> dict[str, Any]:
+        if self._attachment is not None:
+            message = "a capture is already running on this engine"
+            raise CaptureError(message, slug="double-start", hint="end it first")
+        debugger_config = config_from_json(config)
+        rank = current_rank() or 0
+        wanted = debugger_config.rank
+        if wanted and rank not in wanted:
+            return {"rank": rank, "recording": False}
+        self._folder = Path(folder)
+        recorder = Recorder(debugger_config, self._folder, rank=rank, keeps_steps=True)
+        attachment = Attachment(
+            self._worker.model_runner, recorder, decode_steps=decode_steps
+        )
+        try:
+            attachment.install()
+        except BaseException:
+            attachment.remove()
+            recorder.detach()
+            raise
+        self._attachment = attachment
+        return {"rank": rank, "recording": True}
+
+    def _stop(self, test: str = "") -> dict[str, Any]:
+        rank = current_rank() or 0
+        attachment, self._attachment = self._attachment, None
+        if attachment is None:
+            return {"rank": rank, "recording": False}
+        attachment.remove()
+        recorder = attachment.recorder
+        recorder.close()
+        assert self._folder is not None
+        assembly = assemble(recorder.steps, recorder.collector.classifier)
+        header = self._header(attachment, test, rank)
+        header.left_out = dict(assembly.left_out)
+        path = self._folder / capture.FILE_NAME.format(rank=rank)
+        data = capture.encode(header, assembly.lines)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        return {
+            "rank": rank,
+            "recording": True,
+            "file": str(path),
+            "steps": attachment.recorded_steps,
+            "rows": assembly.rows,
+            "measured": recorder.collector.measured_rows,
+            "bytes": recorder.bytes_written,
+        }
+
+    def _header(self, attachment: Attachment, test: str, rank: int) -> capture.Header:
+        runner, recorder = attachment.runner, attachment.recorder
+        model = runner.get_model()
+        device = next(
+            (p.device for p in model.parameters()), torch.device(runner.device)
+        )
+        made_by = provenance(runner, device)
+        made_by["statistics"] = sorted(recorder.backend_reasons().values())
+        parallel = runner.vllm_config.parallel_config
+        weights = weight_fingerprints(runner) if rank == 0 else {}
+        return capture.Header(
+            msprobe=capture.FORMAT,
+            kind="capture",
+            test=test,
+            rank=rank,
+            world=parallel.world_size,
+            key=numerics_key(device.type),
+            signature=signature(recorder.config, model_facts(runner)),
+            provenance=made_by,
+            requests=attachment.tokens.requests(attachment.requests),
+            weights=weights,
+        )
+
+
+def signature(config: DebuggerConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for two captures to be comparable.
+
+    Args:
+        config: What was recorded.
+        facts: Of the model.
+    """
+    names = ("task", "level", "scope", "names", "data_mode", "step", "risk_level")
+    values = asdict(config)
+    selection = {name: values[name] for name in names}
+    if not config.has_functions:
+        del selection["risk_level"]
+    return {**selection, "model": facts}
+
+
+def attach_control(worker: Any) -> None:
+    """Gives a worker object the control method."""
+    worker.__dict__[METHOD] = WorkerControl(worker).control

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes goldens: a temporary file in the same folder, fsync, rename, under a lock."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from pytest_msprobe.dump.capture import (
+    FORMAT,
+    CallLine,
+    CaptureFile,
+    Line,
+    StepLine,
+    encode,
+)
+from pytest_msprobe.errors import GoldenError
+
+_LOCK_TIMEOUT_S = 60
+
+
+@contextlib.contextmanager
+def locked(path: Path, lock_folder: Path) -> Iterator[None]:
+    """Holds the lock of one file; lock files lie outside the golden tree."""
+    lock_folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    with FileLock(lock_folder / f"{name}.lock", timeout=_LOCK_TIMEOUT_S):
+        yield
+
+
+def write_bytes(path: Path, content: bytes, lock_folder: Path) -> None:
+    """Writes a file so that a crash leaves either the old content or the new one.
+
+    Args:
+        path: The file; its folder is made.
+        content: All of it.
+        lock_folder: Where lock files lie.
+
+    Raises:
+        GoldenError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path, lock_folder):
+            _replace(path, content)
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror or error})"
+        raise GoldenError(message, slug="golden-write") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
+    """The golden that a capture becomes.
+
+    Plain values of module arguments are left out, and the name of a call in dump.json.
+
+    Args:
+        capture: The capture.
+        test: Node id of the test.
+        variant: Name of the variant.
+    """
+    header = capture.header
+    fields = {name: getattr(header, name) for name in header.__struct_fields__}
+    fields.update(msprobe=FORMAT, kind="golden", test=test, variant=variant)
+    keeps_values = header.signature.get("level") != "L0"
+    lines: list[Line] = []
+    written: set[int] = set()
+    for entry in capture.entries:
+        if isinstance(entry, StepLine):
+            lines.append(entry)
+            continue
+        for ids in (*entry.i.values(), *entry.o.values()):
+            for number in ids:
+                if number not in written:
+                    written.add(number)
+                    lines.append(capture.tensors[number])
+        values = entry.x if keeps_values else {}
+        lines.append(CallLine(entry.c, entry.l, entry.i, entry.o, values, entry.r))
+    return encode(type(header)(**fields), lines)
