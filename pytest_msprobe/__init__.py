@@ -13,13 +13,29 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Imports the debugger, and with it torch, only when it is asked for."""
+    if name in ("PrecisionDebugger", "seed_all"):
+        _require_torch()
     if name == "PrecisionDebugger":
-        from pytest_msprobe.debugger.debugger import PrecisionDebugger  # noqa: PLC0415
+        from pytest_msprobe.debugger.debugger import PrecisionDebugger
 
         return PrecisionDebugger
     if name == "seed_all":
-        from pytest_msprobe.debugger.seed import seed_all  # noqa: PLC0415
+        from pytest_msprobe.debugger.seed import seed_all
 
         return seed_all
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)
+
+
+def _require_torch() -> None:
+    """Says what is missing where torch is not installed.
+
+    Raises:
+        MissingDependencyError: It is not.
+    """
+    from pytest_msprobe.compat import has_module, missing_message
+    from pytest_msprobe.errors import MissingDependencyError
+
+    if not has_module("torch"):
+        message, hint = missing_message("torch")
+        raise MissingDependencyError(message, slug="missing-dependency", hint=hint)

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between versions and installations, in one place."""
 
-from importlib import import_module, metadata, util
-from types import ModuleType
-
-from pytest_msprobe.errors import MissingDependencyError
+from importlib import metadata, util
 
 _PURPOSE = {
     "torch": "tensors are read through it",
@@ -18,24 +15,20 @@ def has_module(name: str) -> bool:
     return util.find_spec(name) is not None
 
 
-def require(name: str) -> ModuleType:
-    """Imports a module that the user's environment must bring.
+def missing_message(name: str) -> tuple[str, str]:
+    """What to say where a module of the user's environment is missing.
 
     Args:
         name: Top-level module name, e.g. `"vllm"`.
 
-    Raises:
-        MissingDependencyError: The module is not installed.
+    Returns:
+        The message and the hint of an error.
     """
-    if not has_module(name):
-        why = _PURPOSE.get(name, "it is needed here")
-        message = f"{name} is not installed in this environment ({why})"
-        hint = (
-            f"install the {name} build for your hardware; pytest-msprobe "
-            "does not choose one"
-        )
-        raise MissingDependencyError(message, slug="missing-dependency", hint=hint)
-    return import_module(name)
+    why = _PURPOSE.get(name, "it is needed here")
+    return (
+        f"{name} is not installed in this environment ({why})",
+        f"install the {name} build for your hardware (pytest-msprobe chooses none)",
+    )
 
 
 def version_of(*distributions: str) -> str | None:

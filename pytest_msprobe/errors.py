@@ -22,6 +22,7 @@ class MsprobeError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
+        """The message, and what to do next."""
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fixtures `msprobe_engine` and `msprobe`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,7 +35,9 @@ class Msprobe:
         """
         captures = self._session.state_of(self._item).captures
         if not captures:
-            pytest.fail("msprobe.check(): nothing was captured in this test", pytrace=False)
+            pytest.fail(
+                "msprobe.check(): nothing was captured in this test", pytrace=False
+            )
         for capture in captures:
             if not capture.is_checked:
                 capture.check()
@@ -45,7 +46,9 @@ class Msprobe:
 def _session(request: pytest.FixtureRequest) -> MsprobeSession:
     session = request.config.stash.get(SESSION, None)
     if session is None:  # refused at collection; here for fixtures asked for late
-        message = f"{request.node.nodeid} asks for a msprobe fixture without configuration"
+        message = (
+            f"{request.node.nodeid} asks for a msprobe fixture without configuration"
+        )
         raise pytest.UsageError(f"{message}; add --msprobe-config FILE")
     return session
 
@@ -57,7 +60,7 @@ def msprobe(request: pytest.FixtureRequest) -> Msprobe:
 
 
 @pytest.fixture
-def msprobe_engine(request: pytest.FixtureRequest) -> Iterator[Any]:
+def msprobe_engine(request: pytest.FixtureRequest) -> Any:
     """A real eager `vllm.LLM`, shared by tests with the same engine arguments.
 
     In a test that does not ask for `msprobe` as well, everything that the engine
@@ -70,4 +73,4 @@ def msprobe_engine(request: pytest.FixtureRequest) -> Iterator[Any]:
             session.new_capture(request.node, llm, None).__enter__()
     except MsprobeError as error:
         pytest.fail(str(error), pytrace=False)
-    yield llm
+    return llm

@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _fixture_names(item: pytest.Item) -> set[str]:
+    """Fixtures that a test asks for, directly or not."""
+    return set(getattr(item, "fixturenames", ()))
+
+
 def _read(config: pytest.Config) -> MsprobeSession | None:
     """The session of a run with a configuration.
 
@@ -44,11 +49,14 @@ def _read(config: pytest.Config) -> MsprobeSession | None:
         if update is not None:
             raise pytest.UsageError("--msprobe-update needs --msprobe-config FILE")
         return None
-    from pytest_msprobe.config.settings import read_settings  # noqa: PLC0415 - light start
-    from pytest_msprobe.golden.guard import is_ci  # noqa: PLC0415 - light start
+    from pytest_msprobe.config.settings import read_settings
+    from pytest_msprobe.golden.guard import is_ci
 
     if update is not None and update not in _MODES:
-        message = f"--msprobe-update={update}: expected one of {', '.join(_MODES)}"
+        message = (
+            f"--msprobe-update={update}: expected one of {', '.join(_MODES)}; name "
+            "paths before a bare --msprobe-update"
+        )
         raise pytest.UsageError(message)
     if update is not None and is_ci():
         message = (
@@ -69,7 +77,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     session = _read(early_config)
     early_config.stash[SESSION] = session
     if session is not None:
-        from pytest_msprobe.engine.launch import (  # noqa: PLC0415 - light start
+        from pytest_msprobe.engine.launch import (
             prepare_environment,
         )
 
@@ -80,7 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the marker."""
     config.addinivalue_line(
         "markers",
-        f"{MARKER}(level, decode_steps, engine, tolerances): settings of one precision test",
+        f"{MARKER}(level, decode_steps, engine, tolerances): settings of one test",
     )
     if SESSION not in config.stash:  # loaded by -p: the early hook did not run
         config.stash[SESSION] = _read(config)
@@ -103,18 +111,22 @@ def pytest_collection_modifyitems(
     Raises:
         UsageError: A test asks for our fixtures and there is no configuration.
     """
-    users = [i for i in items if _FIXTURES & set(getattr(i, "fixturenames", ()))]
+    users = [item for item in items if _FIXTURES & _fixture_names(item)]
     if not users:
         return
     session = config.stash.get(SESSION, None)
     if session is None:
         message = (
-            f"{users[0].nodeid} asks for a msprobe fixture and there is no configuration; "
-            "add --msprobe-config FILE"
+            f"{users[0].nodeid} asks for a msprobe fixture and there is no "
+            "configuration; add --msprobe-config FILE"
         )
         raise pytest.UsageError(message)
     try:
-        keys = {i: session.engine_key(i) for i in users if "msprobe_engine" in i.fixturenames}  # type: ignore[attr-defined]
+        keys = {
+            item: session.engine_key(item)
+            for item in users
+            if "msprobe_engine" in _fixture_names(item)
+        }
     except MsprobeError as error:
         raise pytest.UsageError(str(error)) from None
     order = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
@@ -129,7 +141,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Judges what the test recorded, once its own code has passed."""
     result = yield
     session = item.config.stash.get(SESSION, None)
-    if session is not None and _FIXTURES & set(getattr(item, "fixturenames", ())):
+    if session is not None and _FIXTURES & _fixture_names(item):
         try:
             session.finish_call(item)
         except MsprobeError as error:
@@ -144,10 +156,14 @@ def pytest_runtest_makereport(
     """Writes goldens of tests that passed; shortens our own errors to one line."""
     report = yield
     session = item.config.stash.get(SESSION, None)
-    if session is None or not _FIXTURES & set(getattr(item, "fixturenames", ())):
+    if session is None or not _FIXTURES & _fixture_names(item):
         return report
     if call.excinfo is not None and isinstance(call.excinfo.value, MsprobeError):
         report.longrepr = str(call.excinfo.value)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and isinstance(call.excinfo.value, pytest.fail.Exception):  # type: ignore[union-attr]
+        # pytest's short summary then starts with the module.
+        crash.message = crash.message.removeprefix("Failed: ")
     if report.when == "call" and report.passed:
         try:
             session.commit(item)
@@ -175,7 +191,7 @@ def pytest_terminal_summary(
     state = config.stash.get(SESSION, None)
     if state is None or not (state.verdicts or state.written):
         return
-    from pytest_msprobe.report.terminal import render_green  # noqa: PLC0415 - light start
+    from pytest_msprobe.report.terminal import render_green
 
     write = terminalreporter.write_line
     terminalreporter.section("msprobe")

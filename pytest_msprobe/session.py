@@ -282,7 +282,9 @@ class MsprobeSession:
 
         if capture.is_open:
             message = f"{capture.item.nodeid}: check() inside its capture block"
-            raise CaptureError(message, slug="open-capture", hint="check after the block")
+            raise CaptureError(
+                message, slug="open-capture", hint="check after the block"
+            )
         if not capture.files:
             message = f"{capture.item.nodeid}: the capture has no files to judge"
             raise CaptureError(message, slug="empty-capture")
@@ -351,7 +353,9 @@ class MsprobeSession:
         self, rules: tuple["Rule", ...], unmatched: list["Rule"], names: list[str]
     ) -> None:
         missing = {rule.origin for rule in unmatched}
-        self._matched.update(rule.origin for rule in rules if rule.origin not in missing)
+        self._matched.update(
+            rule.origin for rule in rules if rule.origin not in missing
+        )
         self._unmatched.update({rule.origin: rule for rule in unmatched})
         self._row_names = names or self._row_names
 

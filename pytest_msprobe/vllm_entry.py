@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _attach(wrapper: Any) -> None:
-    import os  # noqa: PLC0415 - only workers come here
+    import os
 
     additional = getattr(wrapper.vllm_config, "additional_config", None)
     asks = isinstance(additional, dict) and any(
@@ -41,6 +41,6 @@ def _attach(wrapper: Any) -> None:
     )
     if not asks and not os.environ.get("MSPROBE_ATTACH"):
         return
-    from pytest_msprobe.engine.worker_rpc import attach_control  # noqa: PLC0415
+    from pytest_msprobe.engine.worker_rpc import attach_control
 
     attach_control(wrapper.worker)

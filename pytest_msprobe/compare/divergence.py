@@ -12,24 +12,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from pytest_msprobe.compare.match import Key, key_of
 from pytest_msprobe.dump.capture import CallLine, CaptureFile
 from pytest_msprobe.model.names import parse_call_name
-from pytest_msprobe.model.verdict import Divergence, Finding
+from pytest_msprobe.model.verdict import Divergence, DivergenceKind, Finding
 
 DRIFT = 3.0
 
 
 class RowErrors(Protocol):
-    """Errors of the paired rows by index."""
+    """Errors of the paired rows by index.
 
-    @property
-    def ratio(self) -> "Mapping[int, float]":  # numpy arrays fit
-        """Worst observed / allowed of each row."""
+    Attributes:
+        ratio: Worst observed / allowed of each row.
+        rel_l2: Relative L2 error of each row.
+    """
 
-    @property
-    def rel_l2(self) -> "Mapping[int, float]":
-        """Relative L2 error of each row."""
+    ratio: npt.NDArray[np.float64]
+    rel_l2: npt.NDArray[np.float64]
 
     def finding(self, i: int) -> Finding:
         """Worst metric of a row."""
@@ -163,7 +166,7 @@ def _descend(root: Node, errors: RowErrors) -> Divergence | None:
 def _own_code(path: list[Node], child: Node, row: int, errors: RowErrors) -> Divergence:
     """A child's input differs although nothing before it did."""
     node = path[-1]
-    kind = "origin" if node.line is not None else "inputs"
+    kind: DivergenceKind = "origin" if node.line is not None else "inputs"
     return Divergence(
         kind,
         node.name,

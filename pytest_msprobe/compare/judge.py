@@ -197,8 +197,8 @@ class _Judge:
             )
         if has_flip:
             verdict.notes.append(
-                f"decode is judged up to the first other token; {verdict.unjudged} rows "
-                "behind it are not judged"
+                "decode is judged up to the first other token; "
+                f"{verdict.unjudged} rows behind it are not judged"
             )
 
 

@@ -79,7 +79,10 @@ def pair_rows(golden: CaptureFile, candidate: CaptureFile) -> Pairs:
     old = [left.tensors[key] for key in keys]
     new = [right.tensors[key] for key in keys]
     equal = np.fromiter(
-        (a.c == b.c and a.d == b.d and a.s == b.s for a, b in zip(old, new, strict=True)),
+        (
+            a.c == b.c and a.d == b.d and a.s == b.s
+            for a, b in zip(old, new, strict=True)
+        ),
         dtype=np.bool_,
         count=len(keys),
     )

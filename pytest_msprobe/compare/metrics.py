@@ -15,7 +15,7 @@ _F64 = npt.NDArray[np.float64]
 
 
 def _ratio(difference: _F64, scale: _F64) -> _F64:
-    """difference / scale; 0 where both are 0, infinite where only the scale is."""
+    """Difference / scale; 0 where both are 0, infinite where only the scale is."""
     result = np.full(difference.shape, np.inf)
     np.divide(difference, scale, out=result, where=scale > 0)
     result[(difference == 0) & ~(scale > 0)] = 0.0
@@ -36,7 +36,8 @@ def mean_error(golden: Columns, candidate: Columns) -> _F64:
 
 
 def _largest(golden: Columns) -> _F64:
-    return np.fmax(np.abs(golden.high), np.abs(golden.low))
+    largest: _F64 = np.fmax(np.abs(golden.high), np.abs(golden.low))
+    return largest
 
 
 def max_error(golden: Columns, candidate: Columns) -> _F64:
@@ -56,9 +57,7 @@ def _extreme_error(a: _F64, b: _F64, scale: _F64) -> _F64:
     return result
 
 
-def rel_l2_error(
-    golden: Columns, old: list[TensorLine], new: list[TensorLine]
-) -> _F64:
+def rel_l2_error(golden: Columns, old: list[TensorLine], new: list[TensorLine]) -> _F64:
     """Estimated L2 distance relative to the golden's L2 norm, from the sketches.
 
     Its standard deviation is 8 to 10 % of the value with 64 buckets, 11 to 13 % with

@@ -45,8 +45,8 @@ def incomparable_reasons(golden: Header, candidate: Header) -> list[str]:
             reasons.append(f"request {request.label}: was not scheduled here")
         elif other.prompt_sha256 != request.prompt_sha256:
             reasons.append(
-                f"request {request.label}: another prompt (golden {request.prompt_tokens} "
-                f"tokens, here {other.prompt_tokens})"
+                f"request {request.label}: another prompt (golden "
+                f"{request.prompt_tokens} tokens, here {other.prompt_tokens})"
             )
     known = {request.label for request in golden.requests}
     reasons.extend(

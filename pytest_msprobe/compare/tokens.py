@@ -39,7 +39,9 @@ def positions_behind_flips(
     return behind
 
 
-def logprob_difference(golden: Request, candidate: Request, index: int) -> tuple[float, bool]:
+def logprob_difference(
+    golden: Request, candidate: Request, index: int
+) -> tuple[float, bool]:
     """Difference of the log-probability of the golden's token, at one position.
 
     Returns:

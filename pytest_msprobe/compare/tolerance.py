@@ -158,4 +158,3 @@ def unmatched_error(rule: Rule, names: Sequence[str]) -> ConfigError:
 def with_floor(limit: npt.NDArray[np.float64], metric: str) -> npt.NDArray[np.float64]:
     """A limit with the error of the stored sketch added where it plays a part."""
     return limit + STORAGE_FLOOR if metric == "rel_l2" else limit
-

@@ -183,7 +183,7 @@ def parse_numbers(items: list[Any]) -> tuple[int, ...]:
             low = high = item
         else:
             message = f'expected whole numbers or "a-b", not {item!r}'
-            raise ValueError(message)
+            raise ValueError(message)  # noqa: TRY004 - one kind for all wrong items
         if low < 0 or high > MAX_STEP:
             message = f"expected numbers from 0 to {MAX_STEP}, not {item!r}"
             raise ValueError(message)
@@ -192,15 +192,17 @@ def parse_numbers(items: list[Any]) -> tuple[int, ...]:
 
 
 def _check_scope(reader: _Reader, scope: tuple[str, ...], level: str) -> None:
-    from pytest_msprobe.model.names import parse_call_name  # noqa: PLC0415
+    from pytest_msprobe.model.names import parse_call_name
 
     if len(scope) not in (0, 2):
         raise reader.error("scope", "expected two names, first and last")
     for text in scope:
         name = parse_call_name(text)
         wanted = {"L0": "modules", "L1": "APIs", "mix": "calls"}[level]
-        if name is None or (level == "L0" and not name.is_module) or (
-            level == "L1" and name.is_module
+        if (
+            name is None
+            or (level == "L0" and not name.is_module)
+            or (level == "L1" and name.is_module)
         ):
             raise reader.error("scope", f"expected full names of {wanted}")
 
@@ -237,7 +239,9 @@ def parse_debugger_config(
         data = data.get(part, {})
     if not isinstance(data, dict):
         raise source.error(key, f"expected keys and values, found {describe(data)}")
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    given = {
+        name: value for name, value in (overrides or {}).items() if value is not None
+    }
     general = _Reader(source, key, {**data, **given})
     task = general.choice("task", TASKS, "statistics")
     level = general.choice("level", LEVELS, default_level)
@@ -287,17 +291,18 @@ def _refuse_unsupported(general: _Reader, section: _Reader) -> None:
     for reader, names in ((general, _UNSUPPORTED), (section, _UNSUPPORTED_IN_SECTION)):
         for name in names:
             if reader.data.get(name) not in (None, "", [], {}):
-                raise reader.error(name, "not supported by this version; remove the key")
+                raise reader.error(
+                    name, "not supported by this version; remove the key"
+                )
 
 
 def config_from_json(values: dict[str, Any]) -> DebuggerConfig:
     """The inverse of `dataclasses.asdict` and JSON: lists become tuples again."""
-    return DebuggerConfig(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
+    fields_: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+    return DebuggerConfig(**fields_)
 
 
 def known_keys() -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of one pytest run: an msProbe config.json, or YAML with four sections."""
+"""The settings of one pytest run: an msProbe config.json, or YAML in sections."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,9 @@ def read_settings(path: Path) -> Settings:
         if value is None:
             source.data[section] = {}
         elif not isinstance(value, dict):
-            raise source.error((section,), f"expected keys and values, found {describe(value)}")
+            raise source.error(
+                (section,), f"expected keys and values, found {describe(value)}"
+            )
     require_keys(source, ("capture",), source.data["capture"], known_keys())
     return Settings(
         path,
@@ -115,15 +117,21 @@ def _read_engine(source: Source) -> EngineSettings:
     environment = arguments.pop("env", None) or {}
     if not isinstance(environment, dict):
         found = describe(environment)
-        raise source.error(("engine", "env"), f"expected variables and values, found {found}")
+        raise source.error(
+            ("engine", "env"), f"expected variables and values, found {found}"
+        )
     for name, value in environment.items():
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             key = ("engine", "env", str(name))
-            raise source.error(key, f"expected text or a number, found {describe(value)}")
+            raise source.error(
+                key, f"expected text or a number, found {describe(value)}"
+            )
     model = arguments.get("model")
     if model is not None:
         if not isinstance(model, str):
-            raise source.error(("engine", "model"), f"expected text, found {describe(model)}")
+            raise source.error(
+                ("engine", "model"), f"expected text, found {describe(model)}"
+            )
         assert source.path is not None
         local = source.path.parent / model
         if local.exists():
@@ -139,7 +147,7 @@ def check_eager(arguments: dict[str, Any], where: str) -> None:
     Raises:
         ConfigError: `enforce_eager` is set to something else than true.
     """
-    from pytest_msprobe.errors import ConfigError  # noqa: PLC0415 - error path only
+    from pytest_msprobe.errors import ConfigError
 
     if arguments.get("enforce_eager", True) is not True:
         message = (
@@ -151,16 +159,22 @@ def check_eager(arguments: dict[str, Any], where: str) -> None:
 
 def _read_golden(source: Source, root: Path) -> GoldenSettings:
     data = source.data["golden"]
-    require_keys(source, ("golden",), data, ["dir", "decode_steps", "size_warning_bytes"])
+    require_keys(
+        source, ("golden",), data, ["dir", "decode_steps", "size_warning_bytes"]
+    )
     directory = data.get("dir", "golden")
     if not isinstance(directory, str) or not directory:
-        raise source.error(("golden", "dir"), f"expected a folder, found {describe(directory)}")
+        raise source.error(
+            ("golden", "dir"), f"expected a folder, found {describe(directory)}"
+        )
     steps = data.get("decode_steps", DEFAULT_DECODE_STEPS)
     if steps == "all":
         steps = ALL_STEPS
     elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         key = ("golden", "decode_steps")
-        raise source.error(key, f"expected a number >= 0 or 'all', found {describe(steps)}")
+        raise source.error(
+            key, f"expected a number >= 0 or 'all', found {describe(steps)}"
+        )
     size = data.get("size_warning_bytes", DEFAULT_SIZE_WARNING_BYTES)
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         key = ("golden", "size_warning_bytes")
@@ -171,10 +185,12 @@ def _read_golden(source: Source, root: Path) -> GoldenSettings:
 def _read_tolerances(source: Source) -> tuple[Rule, ...]:
     data = source.data["tolerances"]
     require_keys(source, ("tolerances",), data, ["same", "cross", "rules"])
-    rules: list[Rule] = []
-    for mode in ("same", "cross"):
-        if mode in data:
-            rules.append(_read_rule(source, ("tolerances", mode), data[mode], mode))
+    modes: tuple[KeyMode, ...] = ("same", "cross")
+    rules = [
+        _read_rule(source, ("tolerances", mode), data[mode], mode)
+        for mode in modes
+        if mode in data
+    ]
     items = data.get("rules") or []
     if not isinstance(items, list):
         key: KeyPath = ("tolerances", "rules")
@@ -192,11 +208,15 @@ def _read_rule(source: Source, key: KeyPath, data: Any, mode: KeyMode | None) ->
     values = dict(data)
     rows = values.pop("rows", "*")
     if not isinstance(rows, str) or not rows:
-        raise source.error((*key, "rows"), f"expected a glob over row names, found {describe(rows)}")
+        raise source.error(
+            (*key, "rows"), f"expected a glob over row names, found {describe(rows)}"
+        )
     if mode is None:
         mode = values.pop("mode", None)
         if mode not in (None, "same", "cross"):
-            raise source.error((*key, "mode"), f"expected same or cross, found {describe(mode)}")
+            raise source.error(
+                (*key, "mode"), f"expected same or cross, found {describe(mode)}"
+            )
     flags = {}
     for name in ("ignore", "exact"):
         flags[name] = values.pop(name, False)
@@ -212,7 +232,7 @@ def _read_rule(source: Source, key: KeyPath, data: Any, mode: KeyMode | None) ->
 
 
 def _read_limit(source: Source, key: KeyPath, value: Any) -> float:
-    """A limit; YAML reads `1e-3` (no dot) as text, so text that is a number is taken."""
+    """A limit; YAML reads `1e-3` as text, so text that is a number is taken."""
     if isinstance(value, str):
         try:
             value = float(value)

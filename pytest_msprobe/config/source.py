@@ -39,7 +39,9 @@ class Source:
             place = f"{place}:{line}"
         return f"{place}: {text}" if text else place
 
-    def error(self, key: KeyPath, expected: str, *, slug: str = "config") -> ConfigError:
+    def error(
+        self, key: KeyPath, expected: str, *, slug: str = "config"
+    ) -> ConfigError:
         """The error to raise for the value at a key."""
         return ConfigError(f"{self.where(key)}: {expected}", slug=slug)
 
@@ -145,13 +147,15 @@ def describe(value: object) -> str:
     return f"{_kind(value)} {text}" if len(text) <= 40 else _kind(value)  # noqa: PLR2004
 
 
-def require_keys(source: Source, key: KeyPath, data: dict[str, Any], known: list[str]) -> None:
+def require_keys(
+    source: Source, key: KeyPath, data: dict[str, Any], known: list[str]
+) -> None:
     """Refuses keys that are not known, with the nearest known one.
 
     Raises:
         ConfigError: Some key is unknown.
     """
-    import difflib  # noqa: PLC0415 - only needed on the way to an error
+    import difflib
 
     for name in data:
         if name in known:

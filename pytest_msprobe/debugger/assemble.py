@@ -92,7 +92,9 @@ class _Assembler:
                 for slots in slots_of(call):
                     for slot, value in slots:
                         self._note_parts(f"{call.key}:{slot}", value)
-        self._parts = {key: parts for key, parts in self._parts.items() if len(parts) > 1}
+        self._parts = {
+            key: parts for key, parts in self._parts.items() if len(parts) > 1
+        }
 
     def _note_parts(self, name: str, value: TensorValue) -> None:
         if value.role in _UNJUDGED or value.rows is None:
@@ -125,7 +127,9 @@ class _Assembler:
         line = StepLine(step.step)
         if step.layout is not None:
             line.tokens = step.layout.tokens
-            line.requests = [(r.label, r.rows, r.position) for r in step.layout.requests]
+            line.requests = [
+                (r.label, r.rows, r.position) for r in step.layout.requests
+            ]
         self._result.lines.append(line)
         for call in step.calls:
             self._emit_call(call)

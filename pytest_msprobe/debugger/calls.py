@@ -18,7 +18,9 @@ Measure = Callable[[torch.Tensor, str], TensorValue]
 _PLAIN = (bool, int, float, str)
 
 
-def describe_value(value: Any, slot: str, measure: Measure, depth: int = 0) -> Tree:
+def describe_value(  # noqa: PLR0911 - one return a kind of value
+    value: Any, slot: str, measure: Measure, depth: int = 0
+) -> Tree:
     """A value as a tree: tensors measured, everything else as msProbe writes it.
 
     Args:
@@ -60,12 +62,16 @@ def _describe_container(value: Any, slot: str, measure: Measure, depth: int) -> 
     ]
 
 
-def _describe_other(value: Any, slot: str) -> Tree:
+def _describe_other(  # noqa: PLR0911 - one return a kind of value
+    value: Any, slot: str
+) -> Tree:
     """Values that are neither tensors, plain values nor containers."""
     name = slot.rpartition(".")[2]
     if isinstance(value, slice):
-        parts = [part if isinstance(part, int) else None for part in
-                 (value.start, value.stop, value.step)]
+        parts = [
+            part if isinstance(part, int) else None
+            for part in (value.start, value.stop, value.step)
+        ]
         return Scalar(type="slice", value=parts)
     if value is Ellipsis:
         return Scalar(type="ellipsis", value="...")

@@ -402,13 +402,14 @@ class Collector:
 def storage_address(tensor: torch.Tensor) -> int:
     """Address of the first byte of a tensor's storage, 0 where it has none."""
     try:
-        return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
+        return tensor.data_ptr() - offset
     except (RuntimeError, NotImplementedError):
         return 0
 
 
 def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
-    """msProbe's checksum texts of a tensor's bytes: CRC-32 (md5) or xor.
+    """MsProbe's checksum texts of a tensor's bytes: CRC-32 (md5) or xor.
 
     Args:
         tensor: Any strided dtype; CUDA tensors are copied first.

@@ -2,18 +2,20 @@
 """`PrecisionDebugger` with msProbe's constructor and methods, for code that has it."""
 
 import atexit
-import contextlib
 import logging
 import sys
 import threading
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig, parse_debugger_config
 from pytest_msprobe.config.source import Source, read_source
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Models, Recorder
 from pytest_msprobe.errors import CaptureError, ConfigError
+
+if TYPE_CHECKING:
+    import contextlib
 
 _LOG = logging.getLogger("pytest_msprobe")
 _DEFAULT_DUMP_PATH = "./dump_path"
@@ -71,7 +73,7 @@ class PrecisionDebugger:
         try:
             self.config = _read_config(config_path, task, dump_path, level, step)
         except ConfigError:
-            type(self)._instance = None
+            type(self)._instance = None  # noqa: SLF001 - the class is this one
             raise
         self.error: BaseException | None = None
         self._recorder: Recorder | None = None
@@ -168,7 +170,7 @@ class PrecisionDebugger:
             message = f"step {step!r}: expected a whole number >= 0"
             raise ConfigError(message, slug="init-step")
         with cls._lock:
-            cls._get()._step = step
+            cls._get()._step = step  # noqa: SLF001 - the object is of this class
 
     @classmethod
     def reset(cls) -> None:
@@ -251,7 +253,7 @@ def _read_config(
 ) -> DebuggerConfig:
     source = Source(None, {})
     if config_path is not None:
-        if not isinstance(config_path, str):
+        if not isinstance(config_path, str):  # type: ignore[unreachable]
             message = f"config_path {config_path!r}: expected text"
             raise ConfigError(message, slug="config-path")
         source = read_source(Path(config_path))

@@ -189,7 +189,10 @@ class FunctionTable:
     """What to do with each function, decided once."""
 
     def __init__(
-        self, collector: Collector, op_list: dict[str, list[str]], namespaces: Iterable[str]
+        self,
+        collector: Collector,
+        op_list: dict[str, list[str]],
+        namespaces: Iterable[str],
     ) -> None:
         self._collector = collector
         self._namespaces = frozenset(namespaces)
@@ -325,7 +328,9 @@ def _is_seen_by_mode(function: Any) -> bool:
         code = layer.__code__
         if any("torch_function" in name for name in code.co_names):
             return True
-        if code.co_filename.endswith("_jit_internal.py"):  # boolean_dispatch asks inside
+        if code.co_filename.endswith(
+            "_jit_internal.py"
+        ):  # boolean_dispatch asks inside
             return True
         if not hasattr(layer, "__wrapped__"):
             return False
@@ -388,7 +393,9 @@ class FunctionMode(TorchFunctionMode):
             prefix = entry.operator_prefix
         if not prefix:
             result = func(*args, **kwargs)
-            note_memory(collector, Entry(Action.WRITE, positions=entry.positions), args, result)
+            note_memory(
+                collector, Entry(Action.WRITE, positions=entry.positions), args, result
+            )
             return result
         return record_call(collector, entry, prefix, func, args, kwargs, frame)
 
@@ -476,7 +483,9 @@ def _written(
             found.append(value)
         elif isinstance(value, list | tuple):
             found.extend(item for item in value if isinstance(item, torch.Tensor))
-    return [t for i, t in enumerate(found) if all(t is not other for other in found[:i])]
+    return [
+        t for i, t in enumerate(found) if all(t is not other for other in found[:i])
+    ]
 
 
 class WrappedFunctions:
@@ -516,4 +525,3 @@ class WrappedFunctions:
                 )
 
         return function
-

@@ -7,14 +7,18 @@ by classes whose `__call__` goes around it (vLLM's support_torch_compile).
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.model.calls import CallRecord
 
 _MISSING = object()
+_T = TypeVar("_T")
+# A call that has started, and whether it is recorded.
+_Entered = tuple[CallRecord, bool]
 
 
 def root_models(
@@ -93,61 +97,86 @@ class ModuleWrappers:
         return forward
 
     def _record(self, module: torch.nn.Module, paths: list[str]) -> Callable[..., Any]:
-        collector, original = self._collector, module.forward
-        name = type(module).__name__
-        prefix = f"Module.{paths[0]}.{name}.forward."
-        aliases = {
-            path.rpartition(".")[0]: f"Module.{path}.{name}.forward." for path in paths
-        }
-        with_functions = collector.config.has_functions
-
-        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            key_prefix = prefix
-            if len(aliases) > 1:
-                key_prefix = _alias(collector, aliases) or prefix
-            call = collector.begin_call(prefix, "", key_prefix, is_module=True)
-            call.is_finished = False
-            if collector.selection.enter(call.name, is_module=True):
-                collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
-                collector.read_inputs(call, args, kwargs)
-                return call, True
-            return call, False
-
-        def leave(call: Any, result: Any, *, is_taken: bool) -> None:
-            if is_taken:
-                collector.read_outputs(call, result)
-                collector.read_parameters(call, module)
-                collector.finish_call(call)
-            collector.selection.leave(call.name, is_module=True)
-
-        if with_functions:
-            enter, leave = _unobserved(enter), _unobserved(leave)
+        hook = _ModuleHook(self._collector, module, paths)
+        original = module.forward
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not collector.is_recording:
+            if not hook.collector.is_recording:
                 return original(*args, **kwargs)
-            call, is_taken = None, False
-            try:
-                call, is_taken = enter(args, kwargs)
-            except Exception as error:  # noqa: BLE001 - never into the model
-                collector.fail(error)
+            entered = hook.enter(args, kwargs)
             try:
                 result = original(*args, **kwargs)
             except BaseException:
-                if call is not None:
-                    collector.leave_module(call)
+                hook.abort(entered)
                 raise
-            if call is not None:
-                collector.leave_module(call)
-                try:
-                    if collector.is_recording:
-                        leave(call, result, is_taken=is_taken)
-                except Exception as error:  # noqa: BLE001 - never into the model
-                    collector.fail(error)
+            hook.leave(entered, result)
             return result
 
         return forward
+
+
+class _ModuleHook:
+    """What is done around each call of one module; nothing raises."""
+
+    def __init__(
+        self, collector: Collector, module: torch.nn.Module, paths: list[str]
+    ) -> None:
+        name = type(module).__name__
+        self.collector = collector
+        self._module = module
+        self._prefix = f"Module.{paths[0]}.{name}.forward."
+        self._aliases = {
+            path.rpartition(".")[0]: f"Module.{path}.{name}.forward." for path in paths
+        }
+        self._enter, self._leave = self._read_inputs, self._read_outputs
+        if collector.config.has_functions:
+            self._enter, self._leave = unobserved(self._enter), unobserved(self._leave)
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entered | None:
+        """Records the inputs."""
+        try:
+            return self._enter(args, kwargs)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.collector.fail(error)
+            return None
+
+    def leave(self, entered: _Entered | None, result: Any) -> None:
+        """Records the outputs."""
+        if entered is None:
+            return
+        self.collector.leave_module(entered[0])
+        if not self.collector.is_recording:
+            return
+        try:
+            self._leave(entered, result)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.collector.fail(error)
+
+    def abort(self, entered: _Entered | None) -> None:
+        """The call ended with an exception."""
+        if entered is not None:
+            self.collector.leave_module(entered[0])
+
+    def _read_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entered:
+        key_prefix = self._prefix
+        if len(self._aliases) > 1:
+            parent = running_path(self.collector)
+            key_prefix = self._aliases.get(parent, key_prefix)
+        call = self.collector.begin_call(self._prefix, "", key_prefix, is_module=True)
+        is_taken = self.collector.selection.enter(call.name, is_module=True)
+        if is_taken:
+            self.collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
+            self.collector.read_inputs(call, args, kwargs)
+        return call, is_taken
+
+    def _read_outputs(self, entered: _Entered, result: Any) -> None:
+        call, is_taken = entered
+        if is_taken:
+            self.collector.read_outputs(call, result)
+            self.collector.read_parameters(call, self._module)
+            self.collector.finish_call(call)
+        self.collector.selection.leave(call.name, is_module=True)
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -161,27 +190,19 @@ def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def _alias(collector: Collector, aliases: dict[str, str]) -> str | None:
-    """Name of a shared module below the innermost running module that holds it."""
-    for path in _running_paths(collector):
-        if path in aliases:
-            return aliases[path]
-    return None
-
-
-def _running_paths(collector: Collector) -> Iterator[str]:
+def running_path(collector: Collector) -> str:
+    """Path of the innermost running module, empty for the root."""
     call = collector.active_module
     if call is None:
-        yield ""
-    else:
-        # Module.<path>.<Class>.forward.<n>
-        yield call.key.removeprefix("Module.").rsplit(".", 3)[0]
+        return ""
+    # Module.<path>.<Class>.forward.<n>
+    return call.key.removeprefix("Module.").rsplit(".", 3)[0]
 
 
-def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
+def unobserved(function: Callable[..., _T]) -> Callable[..., _T]:
     """The function with torch's function modes switched off while it runs."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> _T:
         with torch._C.DisableTorchFunction():  # noqa: SLF001 - the documented switch
             return function(*args, **kwargs)
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One capture in one process: collector, wrappers, function mode and writer together."""
+"""One capture in one process: collector, wrappers, function mode and writer."""
 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +22,9 @@ from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
 from pytest_msprobe.errors import CaptureError
-from pytest_msprobe.model.calls import StepRecord
+
+if TYPE_CHECKING:
+    from pytest_msprobe.model.calls import StepRecord
 
 Models = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -79,7 +82,9 @@ class Recorder:
             ConfigError: The list of APIs cannot be read.
         """
         if self.config.has_modules and model is None:
-            message = f"level {self.config.level} records modules, and no model was given"
+            message = (
+                f"level {self.config.level} records modules, and no model was given"
+            )
             raise CaptureError(message, slug="no-model", hint="use start(model=...)")
         if model is not None and id(model) not in self._wrappers:
             wrappers = ModuleWrappers(self.collector, model)
@@ -175,4 +180,3 @@ class Recorder:
         return {
             device: reason for device, (_, reason) in self.collector.backends.items()
         }
-

@@ -31,7 +31,11 @@ def seed_all(
 
     Source: signature and effects of msProbe 26.2's seed_all.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+    if (
+        isinstance(seed, bool)
+        or not isinstance(seed, int)
+        or not 0 <= seed <= _LARGEST_SEED
+    ):
         message = f"seed {seed!r}: expected a whole number from 0 to {_LARGEST_SEED}"
         raise ConfigError(message, slug="seed")
     for name, value in (("mode", mode), ("rm_dropout", rm_dropout)):
@@ -71,5 +75,5 @@ def _remove_dropout() -> None:
             result: torch.Tensor = _original(input, 0.0, training, inplace)  # type: ignore[operator]
             return result
 
-        keep._msprobe_inert = True  # type: ignore[attr-defined]
+        keep._msprobe_inert = True  # type: ignore[attr-defined]  # noqa: SLF001
         setattr(functional, name, keep)

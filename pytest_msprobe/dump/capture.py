@@ -221,7 +221,8 @@ def _decode_header(path: Path, line: bytes) -> Header:
         message = f"{path}:1: not the header of a capture or golden"
         raise DumpFormatError(message, slug="capture-format") from error
     if not isinstance(version, int) or not OLDEST_READABLE <= version <= FORMAT:
-        message = f"{path}:1: format {version}; this version reads {OLDEST_READABLE} to {FORMAT}"
+        readable = f"this version reads {OLDEST_READABLE} to {FORMAT}"
+        message = f"{path}:1: format {version}; {readable}"
         hint = "update the golden with this version of pytest-msprobe"
         raise DumpFormatError(message, slug="capture-version", hint=hint)
     try:

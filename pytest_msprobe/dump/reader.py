@@ -44,5 +44,8 @@ def read_dump(path: Path) -> DumpFile:
         message = f"{path}: expected an object with the key data"
         raise DumpFormatError(message, slug="dump-format")
     return DumpFile(
-        path, str(content.get("task", "")), str(content.get("level", "")), content["data"]
+        path,
+        str(content.get("task", "")),
+        str(content.get("level", "")),
+        content["data"],
     )

@@ -29,7 +29,7 @@ def save_tensor(folder: Path, name: str, tensor: "torch.Tensor") -> str | None:
         name: File name.
         tensor: Any dtype, any device.
     """
-    import torch  # noqa: PLC0415 - only captures that save tensors need it here
+    import torch
 
     if tensor.numel() == 0 or tensor.is_meta or len(name) > _LONGEST_NAME:
         return None

@@ -68,7 +68,7 @@ def _summarize_integers(value: TensorValue, kind: str) -> Summary:
 
 
 def summarize(value: TensorValue) -> Summary:
-    """msProbe's Max, Min, Mean and Norm of a whole tensor, its pieces combined.
+    """MsProbe's Max, Min, Mean and Norm of a whole tensor, its pieces combined.
 
     A NaN makes all four NaN; integers and booleans have no Mean and Norm, complex
     tensors no Norm; the four of a 0-d tensor are its value.
@@ -79,7 +79,9 @@ def summarize(value: TensorValue) -> Summary:
     kind = element_type(value.dtype).kind
     if kind in ("int", "bool"):
         return _summarize_integers(value, kind)
-    counts = rows.view(np.int64)[:, records.NAN : records.COUNT + 1].sum(axis=0).tolist()
+    counts = (
+        rows.view(np.int64)[:, records.NAN : records.COUNT + 1].sum(axis=0).tolist()
+    )
     nan, plus, minus, count = counts
     if count == 0:
         return (None, None, None, None)
@@ -102,7 +104,9 @@ def format_tensor(value: TensorValue, summary_mode: str) -> str:
     """A tensor as msProbe's JSON object."""
     flag = "true" if value.requires_grad else "false"
     shape = ", ".join(map(str, value.shape))
-    head = f'{{"type": "{value.type_name}", "dtype": "{value.dtype}", "shape": [{shape}], '
+    head = (
+        f'{{"type": "{value.type_name}", "dtype": "{value.dtype}", "shape": [{shape}], '
+    )
     digest = f'"md5": {json.dumps(value.digest)}'
     if summary_mode == "xor":
         return f'{head}{digest}, "requires_grad": {flag}}}'
@@ -131,7 +135,9 @@ def format_tree(tree: Tree, summary_mode: str) -> str:
     return json.dumps(tree)
 
 
-def format_call(call: CallRecord, summary_mode: str, *, keeps: Callable[[str], bool]) -> str:
+def format_call(
+    call: CallRecord, summary_mode: str, *, keeps: Callable[[str], bool]
+) -> str:
     """The record of one call as JSON text, sides left out by `keeps` omitted."""
     parts = []
     if keeps("input"):
@@ -297,7 +303,9 @@ class DumpWriter:
             for call in calls
         )
         body = f"{{\n{entries}\n }}" if entries else "{}"
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        lines = [
+            f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()
+        ]
         return "{\n" + "\n".join(lines) + f'\n "data": {body}\n}}\n'
 
     def _write_file(self, path: Path, text: str) -> None:

@@ -55,8 +55,12 @@ def start_capture(
     )
     if not any(reply.get("recording") for reply in replies):
         ranks = [reply.get("rank") for reply in replies]
-        message = f"rank {list(config.rank)} selects none of this engine's ranks {ranks}"
-        raise CaptureError(message, slug="no-rank", hint="change rank, or leave it empty")
+        message = (
+            f"rank {list(config.rank)} selects none of this engine's ranks {ranks}"
+        )
+        raise CaptureError(
+            message, slug="no-rank", hint="change rank, or leave it empty"
+        )
 
 
 def stop_capture(llm: Any, test: str) -> list[dict[str, Any]]:

@@ -112,7 +112,9 @@ def numerics_key(device_type: str) -> str:
     if device_type != "cpu":
         return device_type
     vendor = _cpu_info().get("vendor_id", "")
-    return f"cpu-{instruction_set()}-{_VENDORS.get(vendor, vendor.lower() or 'unknown')}"
+    return (
+        f"cpu-{instruction_set()}-{_VENDORS.get(vendor, vendor.lower() or 'unknown')}"
+    )
 
 
 def numeric_probe(device: torch.device) -> str:

@@ -4,11 +4,12 @@
 import contextlib
 import gc
 import os
+import warnings
 from typing import Any
 
-from pytest_msprobe.compat import require, vllm_version
+from pytest_msprobe.compat import has_module, missing_message, vllm_version
 from pytest_msprobe.config.settings import check_eager
-from pytest_msprobe.errors import EngineError
+from pytest_msprobe.errors import EngineError, MissingDependencyError
 
 # Settings that make a run repeatable; each can be overridden in the configuration.
 DETERMINISTIC: dict[str, Any] = {
@@ -27,7 +28,7 @@ _ENVIRONMENT = {
 
 
 def prepare_environment(variables: dict[str, str]) -> None:
-    """Sets variables before torch and vLLM are imported; those set already win for ours.
+    """Sets variables before torch and vLLM are imported; those set win over ours.
 
     Args:
         variables: From the configuration; they replace what is set.
@@ -59,10 +60,17 @@ def start_engine(arguments: dict[str, Any]) -> Any:
         MissingDependencyError: vLLM or torch is not installed.
         EngineError: vLLM could not start the engine; the message gives its reason.
     """
-    require("torch")
-    vllm = require("vllm")
+    for name in ("torch", "vllm"):
+        if not has_module(name):
+            message, hint = missing_message(name)
+            raise MissingDependencyError(message, slug="missing-dependency", hint=hint)
     try:
-        return vllm.LLM(**arguments)
+        # What torch and vLLM warn of while they start is not the test's business.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import vllm
+
+            return vllm.LLM(**arguments)
     except Exception as error:
         reason = str(error).strip().splitlines()
         text = reason[-1] if reason else type(error).__name__
@@ -80,7 +88,7 @@ def stop_engine(llm: Any) -> None:
     del core, llm
     gc.collect()
     with contextlib.suppress(Exception):
-        from vllm.distributed.parallel_state import (  # noqa: PLC0415 - imported by now
+        from vllm.distributed.parallel_state import (
             cleanup_dist_env_and_memory,
         )
 

@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> Iterator[tuple[str, int]]:
 def _checksum(elements: "np.ndarray[Any, Any]") -> int:
     """Checksum of a one-dimensional array of unsigned integers."""
     if has_module("numba"):
-        from pytest_msprobe.statistics.cpu import checksum_memory  # noqa: PLC0415
+        from pytest_msprobe.statistics.cpu import checksum_memory
 
         return checksum_memory(elements.ctypes.data, elements.size, elements.itemsize)
     total = 0
@@ -101,4 +101,3 @@ def weight_fingerprints(runner: Any) -> dict[str, dict[str, str]]:
             owner = owner_of(name, modules, packed)
             found.setdefault(owner, {})[name] = f"{value:016x}"
     return found
-

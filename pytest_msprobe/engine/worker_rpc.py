@@ -8,6 +8,7 @@ raising RPC leaves stale replies behind) and returns small JSON; data goes to fi
 import json
 import os
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,19 @@ class WorkerControl:
         """
         try:
             request = json.loads(payload)
-            action = {
+            actions: dict[str, Callable[..., dict[str, Any]]] = {
                 "start": self._start,
                 "stop": self._stop,
                 "status": self._status,
-            }[request.pop("action")]
+            }
+            action = actions[request.pop("action")]
             return {"ok": True, **action(**request)}
         except MsprobeError as error:
             return {"ok": False, "error": str(error), "slug": error.slug}
         except Exception as error:  # noqa: BLE001 - an RPC never raises
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            text = f"{type(error).__name__}: {error} ({place})"
             return {"ok": False, "error": text, "slug": "worker"}
 
     def _status(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was recorded of one call and of one step: plain records, filled by a debugger."""
+"""What was recorded of one call and of one step: plain records."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

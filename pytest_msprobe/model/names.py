@@ -65,9 +65,7 @@ def parse_call_name(text: str) -> CallName | None:
     match = _MODULE.fullmatch(text) or _API.fullmatch(text)
     if match is None:
         return None
-    direction: Direction = (
-        "forward" if match["direction"] == "forward" else "backward"
-    )
+    direction: Direction = "forward" if match["direction"] == "forward" else "backward"
     return CallName(match["prefix"], match["path"], int(match["number"]), direction)
 
 

@@ -44,7 +44,9 @@ def describe_divergence(divergence: Divergence) -> str:
     finding = divergence.finding
     shown = f" ({describe_finding(finding)})" if finding is not None else ""
     if divergence.kind == "weights":
-        return f"{place}: weights differ from the golden's: {divergence.parameter}{shown}"
+        return (
+            f"{place}: weights differ from the golden's: {divergence.parameter}{shown}"
+        )
     if divergence.kind == "drift":
         return f"{place}: no single origin, the error grew most here{shown}"
     if divergence.kind == "inputs":
@@ -105,7 +107,10 @@ def _table(findings: Sequence[Finding], first: Finding | None) -> list[str]:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  "
+        + "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
 

@@ -28,9 +28,7 @@ def word_factors() -> _U64:
 def block_factors(block: _U64) -> _U64:
     """The factors A of blocks, odd uint64, elementwise."""
     base = block_base(block)
-    return _widen(
-        mix(base + np.uint32(0xDAA66D2B)), mix(base + np.uint32(0x78DDE6E4))
-    )
+    return _widen(mix(base + np.uint32(0xDAA66D2B)), mix(base + np.uint32(0x78DDE6E4)))
 
 
 def checksum(bits: npt.NDArray[np.unsignedinteger], first_index: int = 0) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llvmlite import ir
-from numba import float32, float64, int64, types, uint32, uint64
+from numba import float64, int64, types, uint32, uint64
 from numba.extending import intrinsic
 
 from pytest_msprobe.model import records
@@ -413,9 +413,7 @@ def _integer_span(entry: Any, out: Any) -> None:
     out.view(np.uint64)[records.CHECKSUM] += checksum
 
 
-@numba.njit(
-    "void(int64[:, ::1], float64[:, ::1], int64, int64)", **_OPTIONS
-)  # type: ignore[untyped-decorator]
+@numba.njit("void(int64[:, ::1], float64[:, ::1], int64, int64)", **_OPTIONS)  # type: ignore[untyped-decorator]
 def measure_table(table: Any, rows: Any, address: Any, first_row: Any) -> None:
     """Adds the spans of a table to the rows they name.
 
@@ -438,8 +436,8 @@ def measure_table(table: Any, rows: Any, address: Any, first_row: Any) -> None:
                 out[records.MAXIMUM] = -np.inf
                 out[records.MINIMUM] = np.inf
         if kind < F64:
-            if not _float_span(entry, out, False):
-                _float_span(entry, out, True)
+            if not _float_span(entry, out, 0):
+                _float_span(entry, out, 1)
         elif kind == F64:
             _double_span(entry, out)
         else:
@@ -512,9 +510,7 @@ def build_table(
     return np.array(entries, dtype=np.int64).reshape(-1, TABLE_WIDTH)
 
 
-def collapse(
-    span: Span, row_stride: int, size: int
-) -> tuple[int, int, int, int, int]:
+def collapse(span: Span, row_stride: int, size: int) -> tuple[int, int, int, int, int]:
     """Rows, columns, bytes a row, first index, index stride; one long row if it can be.
 
     Args:

@@ -15,10 +15,12 @@ def select_backend(device_type: str) -> tuple[Backend, str]:
         The backend, and the reason of the choice for the provenance.
     """
     if device_type == "cpu" and has_module("numba"):
-        from pytest_msprobe.statistics.cpu import CpuBackend  # noqa: PLC0415 - compiles
+        from pytest_msprobe.statistics.cpu import CpuBackend
 
         return CpuBackend(), "cpu: compiled by numba"
-    from pytest_msprobe.statistics.reference import ReferenceBackend  # noqa: PLC0415
+    from pytest_msprobe.statistics.reference import ReferenceBackend
 
-    reason = "numba is not installed" if device_type == "cpu" else "no kernel for it yet"
+    reason = (
+        "numba is not installed" if device_type == "cpu" else "no kernel for it yet"
+    )
     return ReferenceBackend(), f"reference: {device_type}: {reason}"

@@ -30,7 +30,8 @@ def mix(value: _U32) -> _U32:
     h = h * np.uint32(0x7FEB352D)
     h = h ^ (h >> np.uint32(15))
     h = h * np.uint32(0x846CA68B)
-    return h ^ (h >> np.uint32(16))
+    mixed: _U32 = h ^ (h >> np.uint32(16))
+    return mixed
 
 
 def block_base(block: _U64) -> _U32:
@@ -74,7 +75,8 @@ def sketch(values: npt.ArrayLike, first_index: int = 0) -> _F64:
     flat = np.asarray(values, dtype=np.float64).reshape(-1)
     index = np.arange(flat.size, dtype=np.uint64) + np.uint64(first_index)
     bucket, sign = buckets_and_signs(index)
-    return np.bincount(bucket, weights=sign * flat, minlength=SKETCH_SIZE)
+    sums = np.bincount(bucket, weights=sign * flat, minlength=SKETCH_SIZE)
+    return sums.astype(np.float64)
 
 
 def fold(values: _F64) -> _F64:

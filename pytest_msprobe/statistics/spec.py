@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 @dataclass(frozen=True, slots=True)
 class Span:
     """Some rows of a tensor and where its elements stand in the whole.
@@ -67,9 +66,7 @@ def whole(shape: Sequence[int]) -> Span:
     return Span(0, rows, 0, columns, 0, columns)
 
 
-def rows_of(
-    shape: Sequence[int], first_row: int, rows: int, position: int
-) -> Span:
+def rows_of(shape: Sequence[int], first_row: int, rows: int, position: int) -> Span:
     """The span of some rows whose index is position * width + column.
 
     Args:
