@@ -19,7 +19,9 @@ def planted_fault(msprobe_engine):
     if not path:
         yield
         return
-    before = msprobe_engine.apply_model(lambda model: _set_epsilon(model, path, EPSILON))
+    before = msprobe_engine.apply_model(
+        lambda model: _set_epsilon(model, path, EPSILON)
+    )
     yield
     msprobe_engine.apply_model(lambda model: _set_epsilon(model, path, before[0]))
 

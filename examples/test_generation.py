@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: two precision regression tests of a vLLM model.
 
-    pytest --msprobe-config msprobe.yaml examples
+pytest --msprobe-config msprobe.yaml examples
 """
 
 import pytest

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest hooks. Loading this module imports none of torch, vllm and numpy."""
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pytest_msprobe.errors import MsprobeError
 from pytest_msprobe.session import MARKER, SESSION, MsprobeSession
 
 _FIXTURES = {"msprobe", "msprobe_engine"}
+# Set by the command pytest-msprobe: a file to note the run folder in.
+_POINTER = "MSPROBE_RUN_POINTER"
 _MODES = ("new", "failing", "all")
 
 
@@ -175,11 +178,14 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends the engines."""
+    """Ends the engines and says where the run lies, to a command that asked."""
     state = session.config.stash.get(SESSION, None)
     if state is None:
         return
     state.stop_engines()
+    pointer = os.environ.get(_POINTER)
+    if pointer:
+        Path(pointer).write_text(str(state.run_folder), encoding="utf-8")
     if session.exitstatus in (0, 1) and state.unmatched_rules():
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 

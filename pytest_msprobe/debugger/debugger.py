@@ -253,8 +253,9 @@ def _read_config(
 ) -> DebuggerConfig:
     source = Source(None, {})
     if config_path is not None:
-        if not isinstance(config_path, str):  # type: ignore[unreachable]
-            message = f"config_path {config_path!r}: expected text"
+        given: object = config_path
+        if not isinstance(given, str):
+            message = f"config_path {given!r}: expected text"
             raise ConfigError(message, slug="config-path")
         source = read_source(Path(config_path))
     overrides = {"task": task, "dump_path": dump_path, "level": level, "step": step}

@@ -38,7 +38,8 @@ def seed_all(
     ):
         message = f"seed {seed!r}: expected a whole number from 0 to {_LARGEST_SEED}"
         raise ConfigError(message, slug="seed")
-    for name, value in (("mode", mode), ("rm_dropout", rm_dropout)):
+    flags: dict[str, object] = {"mode": mode, "rm_dropout": rm_dropout}
+    for name, value in flags.items():
         if not isinstance(value, bool):
             message = f"{name} {value!r}: expected True or False"
             raise ConfigError(message, slug="seed")

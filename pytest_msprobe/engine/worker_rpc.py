@@ -8,10 +8,9 @@ raising RPC leaves stale replies behind) and returns small JSON; data goes to fi
 import json
 import os
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +23,9 @@ from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
 from pytest_msprobe.engine.weights import weight_fingerprints
 from pytest_msprobe.errors import CaptureError, MsprobeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 METHOD = "msprobe_control"
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `pytest-msprobe`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from pytest_msprobe.cli import inspect, runs
+from pytest_msprobe.errors import MsprobeError
+
+USAGE_ERROR = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = argparse.ArgumentParser(
+        prog="pytest-msprobe",
+        description="Precision regression testing of vLLM models.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _pytest_command(
+        commands, "update", runs.update, "run tests, write goldens, say what moved"
+    )
+    _pytest_command(
+        commands, "gate", runs.gate, "run tests read-only and write reports for CI"
+    )
+    check = commands.add_parser("check", help="judge a saved run again")
+    check.add_argument("run", help="run folder, or a folder in it")
+    check.set_defaults(action=lambda options: inspect.check(options.run))
+    compare = commands.add_parser("compare", help="judge one capture against another")
+    compare.add_argument("golden", help="golden or capture file")
+    compare.add_argument("candidate", help="capture file or golden")
+    compare.add_argument(
+        "--json", action="store_true", help="print the verdict as JSON"
+    )
+    compare.set_defaults(
+        action=lambda o: inspect.compare(o.golden, o.candidate, as_json=o.json)
+    )
+    show = commands.add_parser("show", help="print what a golden or capture holds")
+    show.add_argument("path", help="golden or capture file")
+    show.add_argument("--calls", action="store_true", help="list its calls as well")
+    show.set_defaults(action=lambda o: inspect.show(o.path, has_calls=o.calls))
+    return parser
+
+
+def _pytest_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[Sequence[str]], int],
+    text: str,
+) -> None:
+    command = commands.add_parser(name, help=text, add_help=False)
+    command.set_defaults(action=None, run=run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 for a finding, 4 for wrong use."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.action is None:
+        return int(options.run(rest))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(options.action(options))
+    except MsprobeError as error:
+        print(f"pytest-msprobe: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
