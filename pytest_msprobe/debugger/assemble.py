@@ -60,14 +60,16 @@ def slots_of(call: CallRecord) -> tuple[list[tuple[str, TensorValue]], ...]:
     return inputs, walk_tensors(call.output, "output")
 
 
-def assemble(steps: Iterable[StepRecord], classifier: RowClassifier) -> Assembly:
+def assemble(
+    steps: Iterable[StepRecord], model_dimensions: frozenset[int] = frozenset()
+) -> Assembly:
     """Writes the steps of a capture as lines.
 
     Args:
         steps: In order.
-        classifier: What was observed of dimension 0 of every slot.
+        model_dimensions: Sizes that parameters of the model have.
     """
-    return _Assembler(list(steps), classifier).run()
+    return _Assembler(list(steps), RowClassifier(model_dimensions)).run()
 
 
 class _Assembler:
@@ -81,10 +83,22 @@ class _Assembler:
         self._emitted: set[tuple[str, str]] = set()
 
     def run(self) -> Assembly:
+        for step in self._steps:
+            self._observe(step)
         self._find_chunks()
         for step in self._steps:
             self._emit_step(step)
         return self._result
+
+    def _observe(self, step: StepRecord) -> None:
+        """Notes which slots were token-major in this step."""
+        tokens = step.layout.padded_tokens if step.layout is not None else 0
+        for call in step.calls:
+            for slots in slots_of(call):
+                for slot, value in slots:
+                    first = tokens if value.row_class == "token" else None
+                    name = f"{call.key}:{slot}"
+                    self._classifier.observe(name, dimension_0=first, tokens=tokens)
 
     def _find_chunks(self) -> None:
         for step in self._steps:

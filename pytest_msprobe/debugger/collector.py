@@ -1,51 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the tensors of calls and keeps the records of the running step.
+"""Keeps what the calls of the running step computed.
 
 Module wrappers and the function mode report calls here. Nothing in this module raises
 into the model: the first error is kept, recording stops, and whoever ends the capture
-raises it.
+raises it. Records are kept raw and turned into plain ones when they are written.
 """
 
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.calls import describe_value
+from pytest_msprobe.debugger.measure import Measured, Measurer, is_suspicious
 from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
-from pytest_msprobe.model.calls import (
-    CallRecord,
-    Role,
-    StepRecord,
-    TensorValue,
-)
-from pytest_msprobe.model.records import ROW_WIDTH
+from pytest_msprobe.model.calls import Frame, Role, TensorValue, Tree
 from pytest_msprobe.model.segments import (
     Piece,
-    RowClass,
-    RowClassifier,
     StepLayout,
     split_samples,
     split_tokens,
 )
-from pytest_msprobe.statistics.select import select_backend
-from pytest_msprobe.statistics.spec import Backend, Span, rows_of, whole
 
-Phase = Literal["outside", "forward", "logits", "sample"]
 LayoutSource = Callable[[int | None], StepLayout | None]
-_CHUNK_ROWS = 1024
-_SUBCLASS_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
+
+
+class CallSite:
+    """A module, or an API under one name: what all of its calls share.
+
+    Attributes:
+        prefix: Text of a call's name before the number.
+        suffix: Text after it.
+        is_module: Whether calls inside it have it as their parent.
+        refuted: Slots that were seen not to be token-major.
+        stacks: Stacks of its calls by number, taken at their first time.
+    """
+
+    __slots__ = (
+        "_names",
+        "count",
+        "generation",
+        "is_module",
+        "prefix",
+        "refuted",
+        "stacks",
+        "suffix",
+    )
+
+    def __init__(self, prefix: str, suffix: str, *, is_module: bool) -> None:
+        self.prefix = prefix
+        self.suffix = suffix
+        self.is_module = is_module
+        self.refuted: set[Any] = set()
+        self.stacks: dict[int, tuple[Frame, ...]] = {}
+        self.count = 0
+        self.generation = -1
+        self._names: list[str] = []
+
+    def name(self, number: int) -> str:
+        """Name of its call with this number in a step."""
+        names = self._names
+        while len(names) <= number:
+            names.append(f"{self.prefix}{len(names)}{self.suffix}")
+        return names[number]
+
+
+class RawCall:
+    """One call as it is kept until it is written; trees hold `Measured` leaves."""
+
+    __slots__ = (
+        "depth",
+        "input_args",
+        "input_kwargs",
+        "is_finished",
+        "is_taken",
+        "key",
+        "name",
+        "output",
+        "parameters",
+        "parent",
+        "site",
+        "slot_base",
+        "stack",
+    )
+
+    def __init__(
+        self, site: CallSite, number: int, key: str, depth: int, parent: str | None
+    ) -> None:
+        self.site = site
+        self.name = site.name(number)
+        self.key = key or self.name
+        self.depth = depth
+        self.parent = parent
+        self.slot_base = number << 8
+        self.input_args: list[Tree] = []
+        self.input_kwargs: dict[str, Tree] = {}
+        self.output: list[Tree] | dict[str, Tree] | None = None
+        self.parameters: dict[str, Tree] | None = None
+        self.stack: tuple[Frame, ...] | None = None
+        self.is_finished = False
+        self.is_taken = False
+
+
+class RawStep:
+    """The calls of one step with its pieces.
+
+    Attributes:
+        step: Number.
+        layout: Rows, None where unknown.
+        calls: In the order in which they ended.
+        common_stack: Frames outside the step.
+        token_pieces: Pieces of token-major tensors.
+        sample_pieces: Pieces of sample-major tensors.
+    """
+
+    __slots__ = (
+        "calls",
+        "common_stack",
+        "layout",
+        "sample_pieces",
+        "step",
+        "token_pieces",
+    )
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.layout: StepLayout | None = None
+        self.calls: list[RawCall] = []
+        self.common_stack: tuple[Frame, ...] = ()
+        self.token_pieces: tuple[Piece, ...] = ()
+        self.sample_pieces: tuple[Piece, ...] = ()
 
 
 class Collector:
@@ -53,45 +146,42 @@ class Collector:
 
     Attributes:
         config: What to record.
+        selection: Which calls.
+        measurer: Measures tensors.
         error: First error met while recording, or None.
-        phase: Which part of a step is running, set by the engine adapter.
-        classifier: Tells token-major slots from others over the whole capture.
-        measured_rows: Rows measured so far.
+        is_recording: Whether calls are recorded now.
+        layout: Rows of the open step, None before the forward or where unknown.
+        model_dimensions: Sizes that parameters of the model have.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
         self.selection = Selection(config)
+        self.measurer = Measurer()
         self.error: BaseException | None = None
-        self.phase: Phase = "outside"
-        self.classifier = RowClassifier()
-        self.measured_rows = 0
-        self.backends: dict[str, tuple[Backend, str]] = {}
-        self._step: StepRecord | None = None
-        self._is_recording = False
-        self._stack: list[CallRecord] = []
-        self._counters: dict[str, int] = {}
-        self._layout: StepLayout | None = None
+        self.is_recording = False
+        self.layout: StepLayout | None = None
+        self.model_dimensions: frozenset[int] = frozenset()
+        self._measures = config.task != "structure"
+        self._is_plain = not config.saves_tensors and (
+            config.summary_mode == "statistics" and self._measures
+        )
+        self._reads_inputs = config.keeps("input") or config.has_modules
+        self._step: RawStep | None = None
+        self._generation = 0
+        self._stack: list[RawCall] = []
+        self._key_counts: dict[str, int] = {}
         self._layout_source: LayoutSource | None = None
-        self._token_pieces: tuple[Piece, ...] = ()
-        self._sample_pieces: tuple[Piece, ...] = ()
         self._undefined: dict[int, torch.Tensor] = {}
         self._opaque: frozenset[int] = frozenset()
         self._constants: dict[int, torch.Tensor] = {}
-        self._measured_constants: dict[tuple[object, ...], TensorValue] = {}
-        self._chunk: npt.NDArray[np.float64] = np.zeros((0, ROW_WIDTH))
-        self._used = 0
+        self._measured_constants: dict[Any, Measured | TensorValue] = {}
         self._frame_limit: FrameType | None = None
         self._tensor_folder: Path | None = None
-        self._current: CallRecord | None = None
-        self._thread = 0
+        self._current: RawCall | None = None
+        self._current_measure = self._measure_in_slot
 
     # Steps ---------------------------------------------------------------------
-
-    @property
-    def is_recording(self) -> bool:
-        """Whether calls are recorded now."""
-        return self._is_recording
 
     def begin_step(
         self,
@@ -110,44 +200,60 @@ class Collector:
             tensor_folder: Where tensors are saved, None to save none.
         """
         if self._step is None or self._step.step != number:
-            self._step = StepRecord(number)
-            self._step.common_stack = capture_stack(frame, None)
-            self._counters = {}
-            self._stack = []
+            self._step = RawStep(number)
+            if self.config.extra_info:
+                self._step.common_stack = capture_stack(frame, None)
+            self._generation += 1
+            self._key_counts.clear()
+            self._stack.clear()
             self.selection.reset()
-        self._layout = None
+        self.layout = None
+        self.measurer.clear_layout()
         self._layout_source = layout_source
-        self._token_pieces = self._sample_pieces = ()
         self._frame_limit = frame
         self._tensor_folder = tensor_folder
-        self._thread = threading.get_ident()
-        self.phase = "outside"
 
-    def end_step(self) -> StepRecord | None:
+    def end_step(self) -> RawStep | None:
         """Closes the step and returns its records, None if none was open."""
         step = self._step
         self._step = None
-        self._is_recording = False
+        self.is_recording = False
         self._undefined.clear()
-        self._stack = []
-        if step is not None:
-            step.layout = self._layout
+        self._stack.clear()
+        self._frame_limit = None
         self._layout_source = None
+        if step is not None:
+            step.layout = self.layout
+            step.token_pieces = self.measurer.token_pieces
+            step.sample_pieces = self.measurer.sample_pieces
         return step
 
     def resume(self) -> None:
         """Starts recording in the open step."""
-        self._is_recording = self._step is not None and self.error is None
+        self.is_recording = self._step is not None and self.error is None
 
     def pause(self) -> None:
         """Stops recording, the step stays open."""
-        self._is_recording = False
+        self.is_recording = False
 
     def fail(self, error: BaseException) -> None:
         """Keeps the first error and stops recording."""
         if self.error is None:
             self.error = error
-        self._is_recording = False
+        self.is_recording = False
+
+    def raise_error(self) -> None:
+        """Raises the first error met while recording.
+
+        Raises:
+            CaptureError: There was one.
+        """
+        if self.error is not None:
+            if isinstance(self.error, CaptureError):
+                raise self.error
+            kind = type(self.error).__name__
+            message = f"recording stopped: {kind}: {self.error}"
+            raise CaptureError(message, slug="recording") from self.error
 
     def set_opaque(self, addresses: frozenset[int]) -> None:
         """Names the storages (by first byte) that are never measured: KV caches."""
@@ -166,111 +272,107 @@ class Collector:
         Args:
             padded_tokens: Rows of the model's inputs, None where unknown.
         """
-        self.phase = "forward"
-        if self._layout is None and self._layout_source is not None:
-            self._layout = self._layout_source(padded_tokens)
-            if self._layout is not None:
-                self._token_pieces = split_tokens(self._layout)
-                self._sample_pieces = split_samples(self._layout)
-
-    @property
-    def layout(self) -> StepLayout | None:
-        """Rows of the open step, None before the forward or where unknown."""
-        return self._layout
+        self.measurer.phase = "forward"
+        if self.layout is None and self._layout_source is not None:
+            self.layout = self._layout_source(padded_tokens)
+            if self.layout is not None:
+                self.measurer.set_layout(
+                    self.layout.padded_tokens,
+                    split_tokens(self.layout),
+                    split_samples(self.layout),
+                )
 
     # Calls ---------------------------------------------------------------------
 
     @property
-    def active_module(self) -> CallRecord | None:
+    def active_module(self) -> RawCall | None:
         """Innermost module call that is running."""
         return self._stack[-1] if self._stack else None
 
-    def begin_call(
-        self, prefix: str, suffix: str, key_prefix: str, *, is_module: bool
-    ) -> CallRecord:
+    def begin_call(self, site: CallSite, key_prefix: str = "") -> RawCall:
         """A record for a call that starts, numbered within the step.
 
         Args:
-            prefix: Text before the number.
-            suffix: Text after it.
-            key_prefix: As prefix, a shared module named after its parent.
-            is_module: Whether calls inside it have it as their parent.
+            site: What is called.
+            key_prefix: Of a shared module: its name below the parent that calls it.
         """
-        number = self._counters.get(prefix, 0)
-        self._counters[prefix] = number + 1
-        name = f"{prefix}{number}{suffix}"
-        key = name
-        if key_prefix != prefix:
-            key_number = self._counters.get("@" + key_prefix, 0)
-            self._counters["@" + key_prefix] = key_number + 1
-            key = f"{key_prefix}{key_number}{suffix}"
-        parent = self._stack[-1].name if self._stack else None
-        call = CallRecord(name, key, len(self._stack), parent)
-        if is_module:
-            self._stack.append(call)
+        if site.generation != self._generation:
+            site.generation, site.count = self._generation, 0
+        number = site.count
+        site.count = number + 1
+        key = ""
+        if key_prefix:
+            key_number = self._key_counts.get(key_prefix, 0)
+            self._key_counts[key_prefix] = key_number + 1
+            key = f"{key_prefix}{key_number}{site.suffix}"
+        stack = self._stack
+        parent = stack[-1].name if stack else None
+        call = RawCall(site, number, key, len(stack), parent)
+        if site.is_module:
+            stack.append(call)
         return call
 
     def read_inputs(
-        self, call: CallRecord, args: Sequence[Any], kwargs: dict[str, Any]
+        self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         """Measures the arguments of a call."""
-        if not self.config.keeps("input") and not self.config.has_modules:
+        if not self._reads_inputs:
             return
         self._current = call
-        measure = self.measure
-        call.input_args = [
-            describe_value(value, f"input_args.{index}", measure)
-            for index, value in enumerate(args)
-        ]
-        call.input_kwargs = {
-            name: describe_value(value, f"input_kwargs.{name}", measure)
-            for name, value in kwargs.items()
-        }
+        call.input_args = self._read(args, "input_args", call, 0)
+        if kwargs:
+            call.input_kwargs = {
+                name: self._read_one(value, f"input_kwargs.{name}", call, name)
+                for name, value in kwargs.items()
+            }
 
     def read_outputs(
-        self, call: CallRecord, result: Any, written: Sequence[torch.Tensor] = ()
+        self, call: RawCall, result: Any, written: Sequence[torch.Tensor] = ()
     ) -> None:
         """Measures the results of a call and the tensors that it wrote in place."""
         self._current = call
-        if isinstance(result, tuple) and hasattr(result, "_asdict"):
-            call.output = describe_value(result, "output", self.measure)
-            return
-        values = list(result) if isinstance(result, tuple) else [result]
-        values.extend(tensor for tensor in written if not _is_among(tensor, values))
-        call.output = [
-            describe_value(value, f"output.{index}", self.measure)
-            for index, value in enumerate(values)
-        ]
+        if type(result) is not tuple:
+            if isinstance(result, tuple) and hasattr(result, "_asdict"):
+                call.output = describe_value(result, "output", self._current_measure)
+                return
+            result = tuple(result) if isinstance(result, tuple) else (result,)
+        if written:
+            extra = [t for t in written if all(t is not value for value in result)]
+            result = (*result, *extra)
+        call.output = self._read(result, "output", call, 128)
 
-    def finish_call(self, call: CallRecord) -> None:
+    def finish_call(self, call: RawCall) -> None:
         """Adds a call that has ended to the step."""
         call.is_finished = True
         if self._step is not None:
             self._step.calls.append(call)
 
-    def leave_module(self, call: CallRecord) -> None:
+    def leave_module(self, call: RawCall) -> None:
         """Takes a module call off the stack, with all calls left open inside it."""
-        while self._stack:
-            if self._stack.pop() is call:
+        stack = self._stack
+        while stack:
+            if stack.pop() is call:
                 return
 
-    def take_stack(self, call: CallRecord, frame: FrameType | None) -> None:
-        """Keeps the call's stack, where the configuration asks for it."""
+    def take_stack(self, call: RawCall, frame: FrameType | None) -> None:
+        """Keeps the call's stack, taken when a call of that name is first made."""
         if self.config.extra_info:
-            call.stack = capture_stack(frame, self._frame_limit)
+            stacks = call.site.stacks
+            stack = stacks.get(call.slot_base)
+            if stack is None:
+                stack = stacks[call.slot_base] = capture_stack(frame, self._frame_limit)
+            call.stack = stack
 
-    # Tensors -------------------------------------------------------------------
-
-    def read_parameters(self, call: CallRecord, module: torch.nn.Module) -> None:
-        """Describes the direct parameters of a module, measured once a capture."""
-        if self.config.task == "structure":
-            call.parameters = {}
-            return
+    def read_parameters(self, call: RawCall, module: torch.nn.Module) -> None:
+        """Describes the direct parameters of a module."""
         self._current = call
         call.parameters = {
-            name: self.measure(parameter, f"parameters.{name}")
-            for name, parameter in module.named_parameters(recurse=False)
+            name: self._read_one(parameter, f"parameters.{name}", call, name)
+            for name, parameter in module._parameters.items()  # noqa: SLF001 - fast
+            if parameter is not None
         }
+
+    # Tensors -------------------------------------------------------------------
 
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
@@ -283,120 +385,85 @@ class Collector:
         if self._constants.pop(address, None) is not None:
             self._measured_constants.clear()
 
-    def measure(self, tensor: torch.Tensor, slot: str) -> TensorValue:
-        """Measures a tensor in a slot of the current call."""
-        if self.config.task == "structure":
-            return self._describe_only(tensor)
-        role: Role = "read"
+    def _read(
+        self, values: Sequence[Any], side: str, call: RawCall, base: int
+    ) -> list[Tree]:
+        """Trees of positional values; plain tensors take the short way."""
+        nodes: list[Tree] = []
+        refuted, base = call.site.refuted, call.slot_base + base
+        is_plain = self._is_plain and not self._undefined
+        measure = self.measurer.measure
+        functions = self.config.has_functions
+        for index, value in enumerate(values):
+            if value is None:
+                nodes.append(None)
+            elif is_plain and not functions and type(value) is torch.Tensor:
+                if self._opaque and is_suspicious(value):
+                    nodes.append(self._measure_in_slot(value, f"{side}.{index}"))
+                else:
+                    nodes.append(measure(value, refuted, base + index))
+            else:
+                nodes.append(
+                    self._read_one(value, f"{side}.{index}", call, base + index)
+                )
+        return nodes
+
+    def _read_one(self, value: Any, slot: str, call: RawCall, place: Any) -> Tree:
+        if isinstance(value, torch.Tensor):
+            return self._measure_at(value, slot, call, (call.slot_base, place))
+        return describe_value(value, slot, self._current_measure)
+
+    def _measure_in_slot(self, tensor: torch.Tensor, slot: str) -> Tree:
+        """Measures a tensor nested somewhere in the current call's arguments."""
+        assert self._current is not None
+        call = self._current
+        return self._measure_at(tensor, slot, call, (call.slot_base, slot))
+
+    def _measure_at(
+        self, tensor: torch.Tensor, slot: str, call: RawCall, place: Any
+    ) -> Tree:
+        if not self._measures:
+            return self.measurer.describe_only(tensor, "read")
         address = storage_address(tensor)
         if address in self._opaque:
-            return self._describe_only(tensor, "opaque")
-        if address in self._undefined:
-            role = "undefined"
+            return self.measurer.describe_only(tensor, "opaque")
+        value: Measured | TensorValue
         if address in self._constants:
-            return self._measure_constant(tensor, slot)
-        shape = tensor.shape
-        pieces: tuple[Piece, ...] = ()
-        row_class: RowClass = "neither"
-        if shape and self._layout is not None:
-            if self.phase == "forward":
-                assert self._current is not None
-                name = f"{self._current.key}:{slot}"
-                tokens = self._layout.padded_tokens
-                if self.classifier.observe(name, dimension_0=shape[0], tokens=tokens):
-                    pieces, row_class = self._token_pieces, "token"
-            elif self.phase != "outside" and shape[0] == len(self._sample_pieces):
-                pieces, row_class = self._sample_pieces, "sample"
-        value = self._measure_pieces(tensor, pieces, row_class)
-        value.role = role
-        self._save(tensor, slot, value)
-        return value
+            value = self._measure_constant(tensor)
+        else:
+            role: Role = "undefined" if address in self._undefined else "read"
+            value = self.measurer.measure(tensor, call.site.refuted, place, role)
+        return value if self._is_plain else self._add_data(tensor, slot, call, value)
 
-    def _measure_constant(self, tensor: torch.Tensor, slot: str) -> TensorValue:
+    def _measure_constant(self, tensor: torch.Tensor) -> Measured | TensorValue:
+        """Parameters and buffers: the same numbers until somebody writes them."""
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         known = self._measured_constants.get(key)
         if known is None:
-            known = self._measure_pieces(tensor, (), "neither")
+            phase, self.measurer.phase = self.measurer.phase, "outside"
+            known = self.measurer.measure(tensor, set(), 0)
+            self.measurer.phase = phase
             self._measured_constants[key] = known
-        if self._tensor_folder is None:
-            return known
-        value = replace(known)
-        self._save(tensor, slot, value)
-        return value
+        return known
 
-    def _describe_only(self, tensor: torch.Tensor, role: Role = "read") -> TensorValue:
-        return TensorValue(
-            str(tensor.dtype),
-            tuple(tensor.shape),
-            tensor.requires_grad,
-            None,
-            role=role,
-            type_name=_type_name(tensor),
-        )
-
-    def _measure_pieces(
-        self, tensor: torch.Tensor, pieces: tuple[Piece, ...], row_class: RowClass
-    ) -> TensorValue:
-        value = self._describe_only(tensor)
-        if not _is_measurable(tensor):
-            return value
-        shape = value.shape
-        value.pieces, value.row_class = pieces, row_class
-        parts: list[list[Span]]
-        if pieces:
-            parts = [[rows_of(shape, p.first_row, p.rows, p.position)] for p in pieces]
-        else:
-            parts = [[whole(shape)]]
-        rows = self._take_rows(len(parts))
-        backend = self._backend(tensor.device.type)
-        try:
-            backend.measure(tensor, parts, rows)
-        except (NotImplementedError, TypeError, RuntimeError):
-            # This kind of tensor has no numbers; its row says so by null statistics.
-            value.pieces, value.row_class = (), "neither"
-            return value
-        value.rows = rows
-        self.measured_rows += len(parts)
+    def _add_data(
+        self,
+        tensor: torch.Tensor,
+        slot: str,
+        call: RawCall,
+        value: Measured | TensorValue,
+    ) -> Measured | TensorValue:
+        """Saves the tensor and computes its digest, as the configuration asks."""
+        changes: dict[str, Any] = {}
         if self.config.summary_mode != "statistics":
-            value.digest = digest(tensor, self.config.summary_mode)
-        return value
-
-    def _take_rows(self, count: int) -> npt.NDArray[np.float64]:
-        if self._used + count > len(self._chunk):
-            self._chunk = np.zeros((max(_CHUNK_ROWS, count), ROW_WIDTH))
-            self._used = 0
-        rows = self._chunk[self._used : self._used + count]
-        self._used += count
-        return rows
-
-    def _backend(self, device_type: str) -> Backend:
-        known = self.backends.get(device_type)
-        if known is None:
-            known = self.backends[device_type] = select_backend(device_type)
-        return known[0]
-
-    def _save(self, tensor: torch.Tensor, slot: str, value: TensorValue) -> None:
-        if self._tensor_folder is None or self._current is None:
-            return
-        name = self._current.name
-        listed = any(entry in name for entry in self.config.tensor_list)
-        if self.config.task == "tensor" or listed:
-            value.data_name = save_tensor(
-                self._tensor_folder, file_name(name, slot), tensor
-            )
-
-    def raise_error(self) -> None:
-        """Raises the first error met while recording.
-
-        Raises:
-            CaptureError: There was one.
-        """
-        if self.error is not None:
-            if isinstance(self.error, CaptureError):
-                raise self.error
-            kind = type(self.error).__name__
-            message = f"recording stopped: {kind}: {self.error}"
-            raise CaptureError(message, slug="recording") from self.error
+            changes["digest"] = digest(tensor, self.config.summary_mode)
+        listed = any(entry in call.name for entry in self.config.tensor_list)
+        if self._tensor_folder and (self.config.task == "tensor" or listed):
+            name = file_name(call.name, slot)
+            changes["data_name"] = save_tensor(self._tensor_folder, name, tensor)
+        if isinstance(value, Measured):
+            return value._replace(**changes)
+        return replace(value, **changes)
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -415,6 +482,8 @@ def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
         tensor: Any strided dtype; CUDA tensors are copied first.
         summary_mode: `md5` or `xor`.
     """
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return None
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
     if summary_mode == "md5":
@@ -424,21 +493,3 @@ def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
     padded = np.zeros(-(-raw.size // 8) * 8, dtype=np.uint8)
     padded[: raw.size] = raw
     return f"0x{int(np.bitwise_xor.reduce(padded.view('<u8'))):016x}"
-
-
-def _is_measurable(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_meta
-        and not tensor.is_quantized
-        and tensor.numel() > 0
-        and type(tensor).__name__ not in _SUBCLASS_NAMES
-    )
-
-
-def _type_name(tensor: torch.Tensor) -> str:
-    return _SUBCLASS_NAMES.get(type(tensor).__name__, "torch.Tensor")
-
-
-def _is_among(tensor: torch.Tensor, values: Sequence[Any]) -> bool:
-    return any(value is tensor for value in values)

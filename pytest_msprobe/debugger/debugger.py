@@ -6,16 +6,13 @@ import logging
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig, parse_debugger_config
 from pytest_msprobe.config.source import Source, read_source
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Models, Recorder
 from pytest_msprobe.errors import CaptureError, ConfigError
-
-if TYPE_CHECKING:
-    import contextlib
 
 _LOG = logging.getLogger("pytest_msprobe")
 _DEFAULT_DUMP_PATH = "./dump_path"
@@ -77,7 +74,7 @@ class PrecisionDebugger:
             raise
         self.error: BaseException | None = None
         self._recorder: Recorder | None = None
-        self._recording: contextlib.ExitStack | None = None
+        self._is_recording = False
         self._step = 0
         self._rank: int | None = None
         self._is_rank_known = False
@@ -121,23 +118,22 @@ class PrecisionDebugger:
                 message = f"token_range {token_range!r}: not supported by this version"
                 raise ConfigError(message, slug="token-range", hint="leave it out")
             self._settle_rank(rank_id)
-            if self._recording is not None or not self._is_wanted():
+            if self._is_recording or not self._is_wanted():
                 return
             recorder = self._get_recorder()
             recorder.attach(model)
             frame = sys._getframe(1)  # noqa: SLF001 - stacks end at the caller
             recorder.begin_step(self._step, frame=frame.f_back)
             self._has_open_step = True
-            self._recording = recorder.start_recording()
+            self._is_recording = True
+            recorder.recording.__enter__()
 
     @classmethod
     def stop(cls) -> None:
         """Stops recording; harmless when nothing was started."""
         with cls._lock:
             self = cls._get()
-            if self._recording is not None:
-                self._recording.close()
-                self._recording = None
+            self._pause()
 
     @classmethod
     def step(cls) -> None:
@@ -149,15 +145,15 @@ class PrecisionDebugger:
             self = cls._get()
             self._write_step()
             self._step += 1
-            if self._recording is None:
+            if not self._is_recording:
                 return
-            self._recording.close()
-            self._recording = None
+            self._pause()
             if self._is_wanted():
                 recorder = self._get_recorder()
                 recorder.begin_step(self._step)
                 self._has_open_step = True
-                self._recording = recorder.start_recording()
+                self._is_recording = True
+                recorder.recording.__enter__()
 
     @classmethod
     def set_init_step(cls, step: int) -> None:
@@ -185,6 +181,12 @@ class PrecisionDebugger:
             atexit.unregister(self._flush)
             cls._instance = None
 
+    def _pause(self) -> None:
+        if self._is_recording:
+            assert self._recorder is not None
+            self._is_recording = False
+            self._recorder.recording.__exit__(None, None, None)
+
     def _is_wanted(self) -> bool:
         if self.config.rank and self._rank not in self.config.rank:
             return False
@@ -210,9 +212,7 @@ class PrecisionDebugger:
     def _get_recorder(self) -> Recorder:
         if self._recorder is None:
             path = Path(self.config.dump_path or _DEFAULT_DUMP_PATH)
-            self._recorder = Recorder(
-                self.config, path, rank=self._rank, keeps_steps=False
-            )
+            self._recorder = Recorder(self.config, path, rank=self._rank, is_kept=False)
         return self._recorder
 
     def _write_step(self) -> None:
@@ -232,9 +232,7 @@ class PrecisionDebugger:
     def _flush(self) -> None:
         """Writes an open step and waits for the files."""
         with self._lock:
-            if self._recording is not None:
-                self._recording.close()
-                self._recording = None
+            self._pause()
             if self._recorder is None:
                 return
             self._write_step()

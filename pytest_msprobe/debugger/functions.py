@@ -14,7 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import FrameType, FunctionType, MethodWrapperType
@@ -24,9 +24,10 @@ import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
-from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
+from pytest_msprobe.debugger.measure import Measured
 from pytest_msprobe.errors import ConfigError
-from pytest_msprobe.model.calls import CallRecord, TensorValue
+from pytest_msprobe.model.calls import TensorValue, Tree
 
 LIST_FILE = Path(__file__).with_name("support_wrap_ops.yaml")
 
@@ -82,8 +83,8 @@ class Entry:
 
     Attributes:
         action: What is done with its calls.
-        prefix: Text of a row's name before the number.
-        operator_prefix: The same for calls made by an operator (`a + b`), or None.
+        site: Name and numbering of its calls, None where they are not recorded.
+        operator_site: The same for calls made by an operator (`a + b`).
         positions: Positional arguments that it writes.
         names: Keyword arguments that it writes.
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
@@ -91,8 +92,8 @@ class Entry:
     """
 
     action: Action
-    prefix: str = ""
-    operator_prefix: str | None = None
+    site: CallSite | None = None
+    operator_site: CallSite | None = None
     positions: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     writes_unmarked: bool = False
@@ -197,6 +198,7 @@ class FunctionTable:
         self._collector = collector
         self._namespaces = frozenset(namespaces)
         self._entries: dict[Any, Entry] = {}
+        self._sites: dict[str, CallSite] = {}
         self.unseen: list[tuple[Any, str, Entry]] = []
         for group, names in op_list.items():
             if group not in _IGNORED_GROUPS:
@@ -231,7 +233,7 @@ class FunctionTable:
         self, owner: Any, function: Any, name: str, prefix: str, group: str
     ) -> None:
         api = name.rpartition(".")[2]
-        entry = Entry(Action.RECORD, f"{prefix}.{api}.")
+        entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
         if _is_in_place(api):
             entry.positions = (0,)
         if group == "distributed" or not _is_seen_by_mode(function):
@@ -249,13 +251,20 @@ class FunctionTable:
         entry = self._entries.get(function)
         if not names:
             return
-        prefix = f"Tensor.{names[0]}."
         if entry is None or entry.action is not Action.RECORD:
-            entry = self._entries[function] = Entry(Action.RECORD, "")
-        if entry.prefix != prefix:
-            entry.operator_prefix = prefix
+            entry = self._entries[function] = Entry(Action.RECORD)
+        site = self._site(f"Tensor.{names[0]}.")
+        if entry.site is not site:
+            entry.operator_site = site
         if any(_is_in_place(name) for name in names):
             entry.positions = (0,)
+
+    def _site(self, prefix: str) -> CallSite:
+        """The site of a name; functions that share a name share its numbering."""
+        site = self._sites.get(prefix)
+        if site is None:
+            site = self._sites[prefix] = CallSite(prefix, ".forward", is_module=False)
+        return site
 
     def lookup(self, function: Any) -> Entry:
         """What to do with a function's calls."""
@@ -284,7 +293,7 @@ class FunctionTable:
             prefix = namespace[:1].upper() + namespace[1:]
         if not self._collector.selection.takes_api(api, prefix):
             return Entry(Action.PASS)
-        entry = Entry(Action.RECORD, f"{prefix}.{api}.")
+        entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
         positions: set[int] = set()
         names: set[str] = set()
         opaque: list[int | str] = []
@@ -338,7 +347,7 @@ def _is_seen_by_mode(function: Any) -> bool:
     return True
 
 
-class CallSites:
+class OperatorCalls:
     """Tells whether a call was made by an operator, from the caller's bytecode."""
 
     def __init__(self) -> None:
@@ -365,7 +374,7 @@ class FunctionMode(TorchFunctionMode):
         super().__init__()
         self._collector = collector
         self._table = table
-        self._sites = CallSites()
+        self._operators = OperatorCalls()
 
     def __torch_function__(
         self,
@@ -388,16 +397,14 @@ class FunctionMode(TorchFunctionMode):
             note_memory(collector, entry, args, result)
             return result
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
-        prefix = entry.prefix
-        if entry.operator_prefix is not None and self._sites.is_operator(frame):
-            prefix = entry.operator_prefix
-        if not prefix:
+        site = entry.site
+        if entry.operator_site is not None and self._operators.is_operator(frame):
+            site = entry.operator_site
+        if site is None:
             result = func(*args, **kwargs)
-            note_memory(
-                collector, Entry(Action.WRITE, positions=entry.positions), args, result
-            )
+            note_memory(collector, entry, args, result)
             return result
-        return record_call(collector, entry, prefix, func, args, kwargs, frame)
+        return record_call(collector, entry, site, func, args, kwargs, frame)
 
 
 def note_memory(
@@ -419,16 +426,16 @@ def note_memory(
 def record_call(
     collector: Collector,
     entry: Entry,
-    prefix: str,
+    site: CallSite,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     frame: FrameType,
 ) -> Any:
     """Calls a function and records inputs before and outputs after."""
-    call: CallRecord | None = None
+    call: RawCall | None = None
     try:
-        call = collector.begin_call(prefix, ".forward", prefix, is_module=False)
+        call = collector.begin_call(site)
         if collector.selection.enter(call.name, is_module=False):
             collector.take_stack(call, frame)
             collector.read_inputs(call, args, kwargs)
@@ -453,16 +460,21 @@ def record_call(
     return result
 
 
-def _set_opaque(call: CallRecord, entry: Entry) -> None:
+def _set_opaque(call: RawCall, entry: Entry) -> None:
     for place in entry.opaque:
-        value: Any = None
         if isinstance(place, int):
             if place < len(call.input_args):
-                value = call.input_args[place]
-        else:
-            value = call.input_kwargs.get(place)
-        if isinstance(value, TensorValue):
-            value.role = "opaque"
+                call.input_args[place] = _as_opaque(call.input_args[place])
+        elif place in call.input_kwargs:
+            call.input_kwargs[place] = _as_opaque(call.input_kwargs[place])
+
+
+def _as_opaque(value: Tree) -> Tree:
+    if isinstance(value, Measured):
+        return value._replace(role="opaque")
+    if isinstance(value, TensorValue):
+        return replace(value, role="opaque")
+    return value
 
 
 def _written(
@@ -519,9 +531,10 @@ class WrappedFunctions:
             if not collector.is_recording:
                 return original(*args, **kwargs)
             frame = sys._getframe(1)  # noqa: SLF001 - stacks start at the caller
+            assert entry.site is not None
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - the outermost call only
                 return record_call(
-                    collector, entry, entry.prefix, original, args, kwargs, frame
+                    collector, entry, entry.site, original, args, kwargs, frame
                 )
 
         return function

@@ -12,13 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from pytest_msprobe.debugger.collector import Collector
-from pytest_msprobe.model.calls import CallRecord
+from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
 
 _MISSING = object()
 _T = TypeVar("_T")
-# A call that has started, and whether it is recorded.
-_Entered = tuple[CallRecord, bool]
 
 
 def root_models(
@@ -53,17 +50,22 @@ class ModuleWrappers:
         self._model = model
         self._originals: list[tuple[torch.nn.Module, object]] = []
 
-    def install(self) -> None:
-        """Wraps every submodule and notes where the model's forward begins."""
+    def install(self, *, has_modules: bool) -> None:
+        """Wraps every submodule and notes where the model's forward begins.
+
+        Args:
+            has_modules: Whether calls of modules are recorded; else only the place
+                where the forward begins is noted.
+        """
         sizes: set[int] = set()
         for module, paths in module_paths(self._model).values():
             for parameter in module.parameters(recurse=False):
                 sizes.update(parameter.shape)
-            self._wrap(module, self._record(module, paths))
+            if has_modules:
+                self._wrap(module, self._record(module, paths))
         for _, root in root_models(self._model):
             self._wrap(root, self._mark_forward(root))
-        known = self._collector.classifier.model_dimensions
-        self._collector.classifier.model_dimensions = known | sizes
+        self._collector.model_dimensions |= sizes
 
     def remove(self) -> None:
         """Restores every module as it was."""
@@ -92,7 +94,7 @@ class ModuleWrappers:
             try:
                 return original(*args, **kwargs)
             finally:
-                collector.phase = "outside"
+                collector.measurer.phase = "outside"
 
         return forward
 
@@ -125,15 +127,19 @@ class _ModuleHook:
         name = type(module).__name__
         self.collector = collector
         self._module = module
-        self._prefix = f"Module.{paths[0]}.{name}.forward."
-        self._aliases = {
-            path.rpartition(".")[0]: f"Module.{path}.{name}.forward." for path in paths
-        }
+        self._site = CallSite(f"Module.{paths[0]}.{name}.forward.", "", is_module=True)
+        self._aliases = {}
+        if len(paths) > 1:
+            self._aliases = {
+                path.rpartition(".")[0]: f"Module.{path}.{name}.forward."
+                for path in paths
+            }
+        self._has_parameters = bool(module._parameters)  # noqa: SLF001 - fast
         self._enter, self._leave = self._read_inputs, self._read_outputs
         if collector.config.has_functions:
             self._enter, self._leave = unobserved(self._enter), unobserved(self._leave)
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entered | None:
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall | None:
         """Records the inputs."""
         try:
             return self._enter(args, kwargs)
@@ -141,42 +147,45 @@ class _ModuleHook:
             self.collector.fail(error)
             return None
 
-    def leave(self, entered: _Entered | None, result: Any) -> None:
+    def leave(self, call: RawCall | None, result: Any) -> None:
         """Records the outputs."""
-        if entered is None:
+        if call is None:
             return
-        self.collector.leave_module(entered[0])
+        self.collector.leave_module(call)
         if not self.collector.is_recording:
             return
         try:
-            self._leave(entered, result)
+            self._leave(call, result)
         except Exception as error:  # noqa: BLE001 - never into the model
             self.collector.fail(error)
 
-    def abort(self, entered: _Entered | None) -> None:
+    def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
-        if entered is not None:
-            self.collector.leave_module(entered[0])
+        if call is not None:
+            self.collector.leave_module(call)
 
-    def _read_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entered:
-        key_prefix = self._prefix
-        if len(self._aliases) > 1:
-            parent = running_path(self.collector)
-            key_prefix = self._aliases.get(parent, key_prefix)
-        call = self.collector.begin_call(self._prefix, "", key_prefix, is_module=True)
-        is_taken = self.collector.selection.enter(call.name, is_module=True)
-        if is_taken:
-            self.collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
-            self.collector.read_inputs(call, args, kwargs)
-        return call, is_taken
+    def _read_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall:
+        collector = self.collector
+        alias = ""
+        if self._aliases:
+            alias = self._aliases.get(running_path(collector), "")
+        call = collector.begin_call(self._site, alias)
+        if collector.selection.enter(call.name, is_module=True):
+            call.is_taken = True
+            collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
+            collector.read_inputs(call, args, kwargs)
+        return call
 
-    def _read_outputs(self, entered: _Entered, result: Any) -> None:
-        call, is_taken = entered
-        if is_taken:
-            self.collector.read_outputs(call, result)
-            self.collector.read_parameters(call, self._module)
-            self.collector.finish_call(call)
-        self.collector.selection.leave(call.name, is_module=True)
+    def _read_outputs(self, call: RawCall, result: Any) -> None:
+        collector = self.collector
+        if call.is_taken:
+            collector.read_outputs(call, result)
+            if self._has_parameters:
+                collector.read_parameters(call, self._module)
+            else:
+                call.parameters = {}
+            collector.finish_call(call)
+        collector.selection.leave(call.name, is_module=True)
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

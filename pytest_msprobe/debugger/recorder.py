@@ -1,40 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 """One capture in one process: collector, wrappers, function mode and writer."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
-from pytest_msprobe.debugger.collector import Collector, LayoutSource
+from pytest_msprobe.debugger.collector import Collector, LayoutSource, RawStep
 from pytest_msprobe.debugger.functions import (
     FunctionMode,
     FunctionTable,
     WrappedFunctions,
     read_op_list,
 )
+from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
 from pytest_msprobe.errors import CaptureError
-
-if TYPE_CHECKING:
-    from pytest_msprobe.model.calls import StepRecord
+from pytest_msprobe.model.calls import StepRecord
 
 Models = torch.nn.Module | Sequence[torch.nn.Module]
+
+
+class Recording:
+    """Records while it is entered; can be entered again and again.
+
+    Functions compiled with plain torch.compile survive eager engines; they run eagerly
+    meanwhile, since a function mode would make them recompile.
+    """
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self._recorder = recorder
+        self._mode: FunctionMode | None = None
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        """Starts recording."""
+        # The stance takes effect when it is made, so only its exit is left to call.
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._mode = self._recorder.mode
+        if self._mode is not None:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._recorder.collector.resume()
+
+    def __exit__(self, *error: object) -> None:
+        """Stops recording."""
+        self._recorder.collector.pause()
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._stance.__exit__(None, None, None)
 
 
 class Recorder:
     """Records steps of a model and writes their dump.
 
     Attributes:
+        config: What to record.
         collector: Where calls are reported.
-        steps: Finished steps, kept only if asked for.
+        mode: The function mode of level L1, None at L0.
+        recording: Context manager that records while it is entered.
     """
 
     def __init__(
@@ -43,12 +73,24 @@ class Recorder:
         dump_path: Path,
         *,
         rank: int | None,
-        keeps_steps: bool,
+        is_kept: bool,
     ) -> None:
+        """Makes a recorder.
+
+        Args:
+            config: What to record.
+            dump_path: Folder of the dump.
+            rank: Rank of this process, None where unknown.
+            is_kept: Keep all steps in memory and write them when recording has ended,
+                so that writing does not slow the model; else a thread writes each
+                step when it has ended.
+        """
         self.config = config
         self.collector = Collector(config)
-        self.steps: list[StepRecord] = []
-        self._keeps_steps = keeps_steps
+        self.mode: FunctionMode | None = None
+        self.recording = Recording(self)
+        self._is_kept = is_kept
+        self._kept: list[RawStep] = []
         self._writer = DumpWriter(
             dump_path,
             rank_name(rank, os.getpid()),
@@ -60,9 +102,7 @@ class Recorder:
             saves_tensors=config.saves_tensors,
         )
         self._wrappers: dict[int, ModuleWrappers] = {}
-        self._table: FunctionTable | None = None
         self._wrapped: WrappedFunctions | None = None
-        self._mode: FunctionMode | None = None
 
     @property
     def bytes_written(self) -> int:
@@ -92,18 +132,17 @@ class Recorder:
             for _, root in root_models(model):
                 self.collector.add_constants(root.parameters())
                 self.collector.add_constants(root.buffers())
-            if self.config.has_modules:
-                wrappers.install()
-        if self.config.has_functions and self._table is None:
+            wrappers.install(has_modules=self.config.has_modules)
+        if self.config.has_functions and self._wrapped is None:
             path = self.config.support_wrap_ops
-            self._table = FunctionTable(
+            table = FunctionTable(
                 self.collector,
                 read_op_list(Path(path) if path else None),
                 self.config.custom_op_namespaces,
             )
-            self._wrapped = WrappedFunctions(self.collector, self._table)
+            self._wrapped = WrappedFunctions(self.collector, table)
             self._wrapped.install()
-            self._mode = FunctionMode(self.collector, self._table)
+            self.mode = FunctionMode(self.collector, table)
 
     def detach(self) -> None:
         """Takes every wrapper off again."""
@@ -112,7 +151,7 @@ class Recorder:
         self._wrappers.clear()
         if self._wrapped is not None:
             self._wrapped.remove()
-        self._table = self._wrapped = self._mode = None
+        self._wrapped = self.mode = None
 
     def begin_step(
         self,
@@ -130,53 +169,37 @@ class Recorder:
         )
 
     def end_step(self) -> None:
-        """Closes the step and hands it to the writer."""
+        """Closes the step and sees to its files."""
         step = self.collector.end_step()
         if step is None:
             return
-        if self._keeps_steps:
-            self.steps.append(step)
+        if self._is_kept:
+            self._kept.append(step)
+            return
         try:
-            self._writer.write(step)
+            self._writer.write(partial(materialize, step))
         except CaptureError as error:
             self.collector.fail(error)
 
-    def start_recording(self) -> contextlib.ExitStack:
-        """Starts recording; closing the returned stack stops it.
-
-        Functions compiled with plain torch.compile survive eager engines; they run
-        eagerly meanwhile, since a function mode would make them recompile.
-        """
-        stack = contextlib.ExitStack()
-        # It takes effect when made, so only its exit is left to call.
-        stack.push(torch.compiler.set_stance("force_eager"))
-        if self._mode is not None:
-            stack.enter_context(self._mode)
-        self.collector.resume()
-        stack.callback(self.collector.pause)
-        return stack
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Records while the block runs."""
-        with self.start_recording():
-            yield
-
-    def close(self) -> None:
-        """Takes the wrappers off and waits for the files.
+    def close(self) -> list[StepRecord]:
+        """Takes the wrappers off, waits for the files, returns the steps kept.
 
         Raises:
             CaptureError: Recording or writing failed.
         """
         self.detach()
+        steps = [materialize(step) for step in self._kept]
+        self._kept.clear()
         try:
+            for step in steps:
+                self._writer.write_now(step)
             self._writer.close()
-        except CaptureError as error:
-            self.collector.fail(error)
+        except (OSError, CaptureError) as error:
+            self.collector.fail(self._writer.error_of(error))
         self.collector.raise_error()
+        return steps
 
     def backend_reasons(self) -> dict[str, str]:
         """Which statistics backend was used for each device, and why."""
-        return {
-            device: reason for device, (_, reason) in self.collector.backends.items()
-        }
+        backends = self.collector.measurer.backends
+        return {device: reason for device, (_, reason) in backends.items()}

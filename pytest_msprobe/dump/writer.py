@@ -35,6 +35,7 @@ PENDING_STEPS = 8
 _OWN_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 Summary = tuple[Any, Any, Any, Any]
+MakeStep = Callable[[], StepRecord]
 
 
 def format_number(value: Any) -> str:
@@ -226,7 +227,7 @@ class DumpWriter:
         self._keeps = keeps
         self._has_extra_info = has_extra_info
         self._saves_tensors = saves_tensors
-        self._queue: queue.Queue[StepRecord | None] = queue.Queue(PENDING_STEPS)
+        self._queue: queue.Queue[MakeStep | None] = queue.Queue(PENDING_STEPS)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.bytes_written = 0
@@ -236,8 +237,11 @@ class DumpWriter:
         """Folder of this rank in a step."""
         return layout.rank_folder(self._dump_path, step, self._rank)
 
-    def write(self, step: StepRecord) -> None:
+    def write(self, make_step: MakeStep) -> None:
         """Hands a finished step to the thread; waits while too many are pending.
+
+        Args:
+            make_step: Called in the thread.
 
         Raises:
             CaptureError: An earlier step could not be written.
@@ -248,7 +252,7 @@ class DumpWriter:
                 target=self._run, name="msprobe-dump-writer", daemon=True
             )
             self._thread.start()
-        self._queue.put(step)
+        self._queue.put(make_step)
 
     def close(self) -> None:
         """Waits until everything is written.
@@ -264,19 +268,26 @@ class DumpWriter:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            message = f"the dump could not be written: {self._error}"
-            hint = f"free space or make {self._dump_path} writable, then run again"
-            raise CaptureError(message, slug="dump-write", hint=hint) from self._error
+            raise self.error_of(self._error) from self._error
+
+    def error_of(self, error: BaseException) -> CaptureError:
+        """The error to report where a file could not be written."""
+        if isinstance(error, CaptureError):
+            return error
+        message = f"the dump could not be written: {error}"
+        hint = f"free space or make {self._dump_path} writable, then run again"
+        return CaptureError(message, slug="dump-write", hint=hint)
 
     def _run(self) -> None:
-        while (step := self._queue.get()) is not None:
+        while (make_step := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    self._write_step(step)
+                    self.write_now(make_step())
                 except BaseException as error:  # noqa: BLE001 - raised by close()
                     self._error = error
 
-    def _write_step(self, step: StepRecord) -> None:
+    def write_now(self, step: StepRecord) -> None:
+        """Writes a step in the calling thread."""
         folder = self.folder(step.step)
         folder.mkdir(parents=True, exist_ok=True)
         if self._has_extra_info:

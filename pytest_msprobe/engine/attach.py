@@ -115,7 +115,7 @@ class Attachment:
             if not self._open(scheduled):
                 return original(*args, **kwargs)
             try:
-                with self.recorder.recording():
+                with self.recorder.recording:
                     result = original(*args, **kwargs)
             except BaseException:
                 self._close()
@@ -131,8 +131,8 @@ class Attachment:
             if not self._is_open:
                 return original(*args, **kwargs)
             try:
-                with self.recorder.recording():
-                    self.recorder.collector.phase = "sample"
+                with self.recorder.recording:
+                    self.recorder.collector.measurer.phase = "sample"
                     return original(*args, **kwargs)
             finally:
                 self._close()
@@ -145,12 +145,12 @@ class Attachment:
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
             if not collector.is_recording:
                 return original(*args, **kwargs)
-            before = collector.phase
-            collector.phase = "logits"
+            measurer = collector.measurer
+            before, measurer.phase = measurer.phase, "logits"
             try:
                 logits = original(*args, **kwargs)
             finally:
-                collector.phase = before
+                measurer.phase = before
             try:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
                     self.tokens.note_logits(logits, collector.layout)

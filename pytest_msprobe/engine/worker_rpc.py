@@ -84,7 +84,7 @@ class WorkerControl:
         if wanted and rank not in wanted:
             return {"rank": rank, "recording": False}
         self._folder = Path(folder)
-        recorder = Recorder(debugger_config, self._folder, rank=rank, keeps_steps=True)
+        recorder = Recorder(debugger_config, self._folder, rank=rank, is_kept=True)
         attachment = Attachment(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
@@ -104,9 +104,9 @@ class WorkerControl:
             return {"rank": rank, "recording": False}
         attachment.remove()
         recorder = attachment.recorder
-        recorder.close()
+        steps = recorder.close()
         assert self._folder is not None
-        assembly = assemble(recorder.steps, recorder.collector.classifier)
+        assembly = assemble(steps, recorder.collector.model_dimensions)
         header = self._header(attachment, test, rank)
         header.left_out = dict(assembly.left_out)
         path = self._folder / capture.FILE_NAME.format(rank=rank)
@@ -121,7 +121,7 @@ class WorkerControl:
             "file": str(path),
             "steps": attachment.recorded_steps,
             "rows": assembly.rows,
-            "measured": recorder.collector.measured_rows,
+            "measured": recorder.collector.measurer.measured_rows,
             "bytes": recorder.bytes_written,
         }
 

@@ -44,6 +44,11 @@ KINDS = {
     torch.uint64: U64,
 }
 _SIZE = np.array([2, 2, 4, 8, 1, 1, 2, 4, 8, 2, 4, 8], dtype=np.int64)
+# Up to so many elements a span is measured without setting up 64 lanes.
+_SMALL = 512
+# From so many elements on a call lets other threads run.
+LARGE_ELEMENTS = 1 << 16
+SCRATCH_BYTES = 16384
 # Sums of a lane stay in float32 for this many blocks, then go into float64.
 _FLUSH_BLOCKS = 16
 
@@ -212,32 +217,43 @@ def _sanitize(x: Any, first: Any, last: Any, out: Any) -> Any:
 
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _float_span(entry: Any, out: Any, careful: Any) -> Any:
+def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
     """Adds a span of bf16, fp16 or float32; returns False if it met a non-finite one.
 
     In that case `out` is left as it was and the caller comes again with `careful`.
     """
-    kind, size = entry[KIND], _SIZE[entry[KIND]]
-    stage = np.zeros(64 * 8, dtype=np.uint8)
-    x = np.zeros(64, dtype=np.float32)
-    sums = np.zeros((8, 64), dtype=np.float32)
-    wide_sums = np.zeros((8, 64), dtype=np.float64)
-    total = np.zeros(64, dtype=np.float32)
-    squares = np.zeros(64, dtype=np.float32)
-    wide_total = np.zeros(64, dtype=np.float64)
-    wide_squares = np.zeros(64, dtype=np.float64)
-    high = np.full(64, -np.inf, dtype=np.float32)
-    low = np.full(64, np.inf, dtype=np.float32)
-    poison = np.zeros(64, dtype=np.float32)
+    start, rows, columns, row_bytes, first_index, index_stride, kind = span
+    size = _SIZE[kind]
+    stage = numba.carray(_p_u8(scratch), (512,))
+    x = numba.carray(_p_f32(scratch + 512), (64,))
+    sums = numba.carray(_p_f32(scratch + 1024), (8, 64))
+    total = numba.carray(_p_f32(scratch + 3072), (64,))
+    squares = numba.carray(_p_f32(scratch + 3328), (64,))
+    high = numba.carray(_p_f32(scratch + 3584), (64,))
+    low = numba.carray(_p_f32(scratch + 3840), (64,))
+    poison = numba.carray(_p_f32(scratch + 4096), (64,))
+    wide_sums = numba.carray(_p_f64(scratch + 4352), (8, 64))
+    wide_total = numba.carray(_p_f64(scratch + 8448), (64,))
+    wide_squares = numba.carray(_p_f64(scratch + 8960), (64,))
+    sums[:] = 0
+    wide_sums[:] = 0
+    for c in range(64):
+        total[c] = 0
+        squares[c] = 0
+        wide_total[c] = 0
+        wide_squares[c] = 0
+        high[c] = -np.inf
+        low[c] = np.inf
+        poison[c] = 0
     checksum = uint64(0)
     pending = 0
-    for r in range(entry[ROWS]):
-        source = entry[ADDRESS] + r * entry[ROW_BYTES]
-        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+    for r in range(rows):
+        source = start + r * row_bytes
+        index = first_index + r * index_stride
         done = int64(0)
-        while done < entry[COLUMNS]:
+        while done < columns:
             lane = (index + done) & 63
-            count = min(64 - lane, entry[COLUMNS] - done)
+            count = min(64 - lane, columns - done)
             address = source + done * size
             if count < 64:
                 _stage(address, count * size, lane * size, stage)
@@ -305,18 +321,83 @@ def _float_span(entry: Any, out: Any, careful: Any) -> Any:
 
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _double_span(entry: Any, out: Any) -> None:
-    """Adds a span of float64."""
-    stage = np.zeros(64 * 8, dtype=np.uint8)
-    x = np.zeros(64, dtype=np.float64)
+def _small_float_span(span: Any, out: Any, scratch: Any) -> Any:
+    """As `_float_span`, for a few blocks: no lanes to set up and to add at the end."""
+    start, rows, columns, row_bytes, first_index, index_stride, kind = span
+    size = _SIZE[kind]
+    stage = numba.carray(_p_u8(scratch), (512,))
+    x = numba.carray(_p_f32(scratch + 512), (64,))
+    sums = numba.carray(_p_f64(scratch + 4352), (64,))
+    for c in range(64):
+        sums[c] = 0
+    total = float64(0)
+    squares = float64(0)
+    high = np.float32(-np.inf)
+    low = np.float32(np.inf)
     checksum = uint64(0)
-    for r in range(entry[ROWS]):
-        source = entry[ADDRESS] + r * entry[ROW_BYTES]
-        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+    for r in range(rows):
+        source = start + r * row_bytes
+        index = first_index + r * index_stride
         done = int64(0)
-        while done < entry[COLUMNS]:
+        while done < columns:
             lane = (index + done) & 63
-            count = min(64 - lane, entry[COLUMNS] - done)
+            count = min(64 - lane, columns - done)
+            address = source + done * size
+            if count < 64:
+                _stage(address, count * size, lane * size, stage)
+                address = stage.ctypes.data
+            _load_floats(address, kind, x)
+            base = _base(uint64((index + done) >> 6))
+            rotation = uint32(base >> uint32(26))
+            checksum += _block_checksum(address, size, rotation) * _block_factor(base)
+            sum_block = np.float32(0)
+            square_block = np.float32(0)
+            for c in range(lane, lane + count):
+                v = x[c]
+                high = max(high, v)
+                low = min(low, v)
+                sum_block += v
+                square_block += v * v
+            poison = (sum_block - sum_block) + (square_block - square_block)
+            if poison != poison:
+                return False
+            total += sum_block
+            squares += square_block
+            first = _mix(uint32(base + uint32(0x9E3779B9)))
+            second = _mix(uint32(base + uint32(0x3C6EF372)))
+            for c in range(64):
+                signs = first if c < 32 else second
+                shift = uint32(c & 31)
+                flip = uint32(uint32(~uint32(signs >> shift)) << uint32(31))
+                x[c] = _to_float(uint32(_to_bits(x[c]) ^ flip))
+            turn = int64(rotation)
+            for c in range(64):
+                sums[c] += x[c ^ turn]
+            done += count
+    out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high))
+    out[records.MINIMUM] = min(out[records.MINIMUM], float64(low))
+    out[records.TOTAL] += total
+    out[records.SQUARES] += squares
+    for c in range(64):
+        out[records.SKETCH + c] += sums[c]
+    out.view(np.uint64)[records.CHECKSUM] += checksum
+    return True
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _double_span(span: Any, out: Any, scratch: Any) -> None:
+    """Adds a span of float64."""
+    start, rows, columns, row_bytes, first_index, index_stride, _ = span
+    stage = numba.carray(_p_u8(scratch), (512,))
+    x = numba.carray(_p_f64(scratch + 512), (64,))
+    checksum = uint64(0)
+    for r in range(rows):
+        source = start + r * row_bytes
+        index = first_index + r * index_stride
+        done = int64(0)
+        while done < columns:
+            lane = (index + done) & 63
+            count = min(64 - lane, columns - done)
             address = source + done * 8
             if count < 64:
                 _stage(address, count * 8, lane * 8, stage)
@@ -375,11 +456,12 @@ def _load_integers(address: Any, kind: Any, x: Any) -> None:
 
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _integer_span(entry: Any, out: Any) -> None:
+def _integer_span(span: Any, out: Any, scratch: Any) -> None:
     """Adds a span of an integer or boolean type: maximum, minimum, checksum."""
-    kind, size = entry[KIND], _SIZE[entry[KIND]]
-    stage = np.zeros(64 * 8, dtype=np.uint8)
-    x = np.zeros(64, dtype=np.int64)
+    start, rows, columns, row_bytes, first_index, index_stride, kind = span
+    size = _SIZE[kind]
+    stage = numba.carray(_p_u8(scratch), (512,))
+    x = numba.carray(_p_i64(scratch + 512), (64,))
     bits = out.view(np.int64)
     # Flipping the top bit orders uint64 as int64 does.
     bias = int64(-(2**63)) if kind == U64 else int64(0)
@@ -388,13 +470,13 @@ def _integer_span(entry: Any, out: Any) -> None:
     if bits[records.COUNT] == 0:
         high, low = int64(-(2**63)), int64(2**63 - 1)
     checksum = uint64(0)
-    for r in range(entry[ROWS]):
-        source = entry[ADDRESS] + r * entry[ROW_BYTES]
-        index = entry[FIRST_INDEX] + r * entry[INDEX_STRIDE]
+    for r in range(rows):
+        source = start + r * row_bytes
+        index = first_index + r * index_stride
         done = int64(0)
-        while done < entry[COLUMNS]:
+        while done < columns:
             lane = (index + done) & 63
-            count = min(64 - lane, entry[COLUMNS] - done)
+            count = min(64 - lane, columns - done)
             address = source + done * size
             if count < 64:
                 _stage(address, count * size, lane * size, stage)
@@ -413,36 +495,55 @@ def _integer_span(entry: Any, out: Any) -> None:
     out.view(np.uint64)[records.CHECKSUM] += checksum
 
 
-@numba.njit("void(int64[:, ::1], float64[:, ::1], int64, int64)", **_OPTIONS)  # type: ignore[untyped-decorator]
-def measure_table(table: Any, rows: Any, address: Any, first_row: Any) -> None:
-    """Adds the spans of a table to the rows they name.
-
-    Args:
-        table: (n, 8) int64: offset in bytes, rows, columns, bytes from row to row,
-            first index, index step from row to row, row to add to, kind.
-        rows: (m, 73) float64. A row whose count is 0 is started afresh.
-        address: Where the tensor's first element lies; offsets start here.
-        first_row: Added to the row numbers of the table.
-    """
-    for k in range(table.shape[0]):
-        entry = table[k].copy()
-        entry[ADDRESS] += address
-        out = rows[first_row + entry[ROW]]
-        bits = out.view(np.int64)
+def _measure(
+    table: Any, count: Any, rows: Any, address: Any, first_row: Any, scratch: Any
+) -> None:
+    entries = numba.carray(_p_i64(table), (count, 8))
+    for k in range(count):
+        entry = entries[k]
+        row = rows + (first_row + entry[ROW]) * (73 * 8)
+        out = numba.carray(_p_f64(row), (73,))
+        bits = numba.carray(_p_i64(row), (73,))
         kind = entry[KIND]
+        span = (
+            entry[ADDRESS] + address,
+            entry[ROWS],
+            entry[COLUMNS],
+            entry[ROW_BYTES],
+            entry[FIRST_INDEX],
+            entry[INDEX_STRIDE],
+            kind,
+        )
+        elements = entry[ROWS] * entry[COLUMNS]
         if bits[records.COUNT] == 0:
             out[:] = 0.0
             if kind <= F64:
                 out[records.MAXIMUM] = -np.inf
                 out[records.MINIMUM] = np.inf
         if kind < F64:
-            if not _float_span(entry, out, 0):
-                _float_span(entry, out, 1)
+            if elements <= _SMALL:
+                done = _small_float_span(span, out, scratch)
+            else:
+                done = _float_span(span, out, scratch, 0)
+            if not done:
+                _float_span(span, out, scratch, 1)
         elif kind == F64:
-            _double_span(entry, out)
+            _double_span(span, out, scratch)
         else:
-            _integer_span(entry, out)
-        bits[records.COUNT] += entry[ROWS] * entry[COLUMNS]
+            _integer_span(span, out, scratch)
+        bits[records.COUNT] += elements
+
+
+_SIGNATURE = "void(int64, int64, int64, int64, int64, int64)"
+# Takes only integers, because unpacking arrays costs more than a small tensor does.
+# Arguments: address of a table of (n, 8) int64 (offset in bytes from the tensor, rows,
+# columns, bytes from row to row, first index, index step from row to row, row to add
+# to, kind); n; address of rows of 73 float64; address of the tensor's first element;
+# number of the first row; address of scratch memory. A row whose count is 0 is started
+# afresh, else the spans are added to it.
+measure_spans = numba.njit(_SIGNATURE, **{**_OPTIONS, "nogil": False})(_measure)
+# The same for large tensors: other threads run meanwhile.
+measure_large_spans = numba.njit(_SIGNATURE, **_OPTIONS)(_measure)
 
 
 def as_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
@@ -461,12 +562,18 @@ def as_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | N
 
 
 class CpuBackend:
-    """Statistics of CPU tensors by the compiled kernel."""
+    """Statistics of CPU tensors by the compiled kernel; one thread at a time.
+
+    Attributes:
+        scratch_address: Memory that the kernel works in.
+    """
 
     name = "cpu"
 
     def __init__(self) -> None:
         self._reference = ReferenceBackend()
+        self._scratch = np.zeros(SCRATCH_BYTES // 8)
+        self.scratch_address = self._scratch.ctypes.data
 
     def measure(
         self, tensor: torch.Tensor, parts: Sequence[Sequence[Span]], rows: Rows
@@ -482,7 +589,17 @@ class CpuBackend:
         assert layout is not None
         table = build_table(parts, layout[1], tensor.element_size(), kind)
         rows[:] = 0.0
-        measure_table(table, rows, tensor.data_ptr(), 0)
+        kernel = (
+            measure_spans if tensor.numel() < LARGE_ELEMENTS else measure_large_spans
+        )
+        kernel(
+            table.ctypes.data,
+            len(table),
+            rows.ctypes.data,
+            tensor.data_ptr(),
+            0,
+            self.scratch_address,
+        )
 
 
 def build_table(
@@ -545,5 +662,8 @@ def checksum_memory(address: int, count: int, size: int) -> int:
     rows = np.zeros((1, records.ROW_WIDTH))
     kind = {1: U8, 2: U16, 4: U32, 8: U64}[size]
     table = np.array([[0, 1, count, 0, 0, 0, 0, kind]], dtype=np.int64)
-    measure_table(table, rows, address, 0)
+    scratch = np.zeros(SCRATCH_BYTES // 8)
+    measure_large_spans(
+        table.ctypes.data, 1, rows.ctypes.data, address, 0, scratch.ctypes.data
+    )
     return int(rows.view(np.uint64)[0, records.CHECKSUM])

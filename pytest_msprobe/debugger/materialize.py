@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the raw records of a step into plain ones, off the hot path."""
+
+from pytest_msprobe.debugger.collector import RawCall, RawStep
+from pytest_msprobe.debugger.measure import Measured, to_value
+from pytest_msprobe.model.calls import CallRecord, Scalar, StepRecord, Tree
+
+
+def materialize(step: RawStep) -> StepRecord:
+    """The plain records of a step."""
+    return StepRecord(
+        step.step,
+        step.layout,
+        [_call(call, step) for call in step.calls],
+        step.common_stack,
+    )
+
+
+def _call(call: RawCall, step: RawStep) -> CallRecord:
+    return CallRecord(
+        call.name,
+        call.key,
+        call.depth,
+        call.parent,
+        _tree(call.input_args, step),
+        _tree(call.input_kwargs, step),
+        _tree(call.output, step),
+        _tree(call.parameters, step),
+        call.stack,
+        call.is_finished,
+    )
+
+
+def _tree(tree: Tree, step: RawStep) -> Tree:
+    # Measured is a tuple and Scalar a dict, so they are asked for first.
+    if isinstance(tree, Measured):
+        return to_value(tree, step.token_pieces, step.sample_pieces)
+    if isinstance(tree, list):
+        return [_tree(item, step) for item in tree]
+    if isinstance(tree, dict) and not isinstance(tree, Scalar):
+        return {key: _tree(item, step) for key, item in tree.items()}
+    return tree

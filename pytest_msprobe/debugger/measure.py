@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures tensors on the hot path.
+
+Everything that depends on a tensor's form only is worked out once and kept in a plan;
+a call then costs a lookup and the kernel.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pytest_msprobe.model.calls import Role, TensorValue
+from pytest_msprobe.model.records import ROW_WIDTH
+from pytest_msprobe.model.segments import Piece, RowClass
+from pytest_msprobe.statistics.select import select_backend
+from pytest_msprobe.statistics.spec import Backend, Span, rows_of, whole
+
+Phase = Literal["outside", "forward", "logits", "sample"]
+
+_CHUNK_ROWS = 1024
+_ROW_BYTES = ROW_WIDTH * 8
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
+# A tensor passed to a module may be a KV cache if it has so many elements.
+_SUSPICIOUS_ELEMENTS = 1 << 22
+
+
+class Table(NamedTuple):
+    """The kernel's table of spans for one form of tensor.
+
+    Attributes:
+        array: (n, 8) int64; kept alive here, the kernel gets its address.
+        address: Of the array.
+        spans: n.
+        rows: Rows that it fills.
+    """
+
+    array: npt.NDArray[np.int64]
+    address: int
+    spans: int
+    rows: int
+
+
+class Plan:
+    """What is known of all tensors of one dtype, shape and strides.
+
+    Attributes:
+        dtype: Name with `torch.`.
+        shape: Sizes.
+        requires_grad: As in torch.
+        first: Size of dimension 0, -1 for a 0-d tensor.
+        elements: Number of elements.
+        kind: The CPU kernel's number of the type, -1 where it cannot measure it.
+        row_stride: Elements from row to row.
+        size: Bytes of an element.
+        whole: Table for one row over everything.
+        tokens: Table for the token-major pieces of the open step.
+        samples: Table for the sample-major pieces of the open step.
+    """
+
+    __slots__ = (
+        "dtype",
+        "elements",
+        "first",
+        "kind",
+        "requires_grad",
+        "row_stride",
+        "samples",
+        "shape",
+        "size",
+        "tokens",
+        "whole",
+    )
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = str(tensor.dtype)
+        self.shape = tuple(int(size) for size in tensor.shape)
+        self.requires_grad = tensor.requires_grad
+        self.first = self.shape[0] if self.shape else -1
+        self.elements = tensor.numel()
+        self.size = tensor.element_size()
+        self.kind = -1
+        self.row_stride = 0
+        self.whole: Table | None = None
+        self.tokens: Table | None = None
+        self.samples: Table | None = None
+
+
+class Measured(NamedTuple):
+    """A tensor that was measured; turned into a `TensorValue` when it is needed.
+
+    Attributes:
+        plan: Its form.
+        row_class: Which pieces the rows stand for.
+        chunk: Memory that holds the rows, None where nothing was measured.
+        first_row: First of them.
+        rows: How many.
+        role: Whether the slot may be judged.
+        data_name: File name of the saved tensor.
+        digest: CRC-32 or xor text.
+    """
+
+    plan: Plan
+    row_class: RowClass
+    chunk: npt.NDArray[np.float64] | None
+    first_row: int
+    rows: int
+    role: Role = "read"
+    data_name: str | None = None
+    digest: str | None = None
+
+
+def to_value(
+    measured: Measured, tokens: tuple[Piece, ...], samples: tuple[Piece, ...]
+) -> TensorValue:
+    """The record of a measured tensor.
+
+    Args:
+        measured: The tensor.
+        tokens: Pieces of token-major tensors in its step.
+        samples: Pieces of sample-major tensors in its step.
+    """
+    plan = measured.plan
+    rows = None
+    if measured.chunk is not None:
+        first = measured.first_row
+        rows = measured.chunk[first : first + measured.rows]
+    pieces = {"token": tokens, "sample": samples, "neither": ()}[measured.row_class]
+    return TensorValue(
+        plan.dtype,
+        plan.shape,
+        plan.requires_grad,
+        rows,
+        pieces,
+        measured.row_class,
+        measured.role,
+        measured.data_name,
+        "torch.Tensor",
+        measured.digest,
+    )
+
+
+class Measurer:
+    """Measures tensors into chunks of rows.
+
+    Attributes:
+        phase: Which part of a step is running.
+        padded_tokens: Rows of token-major tensors, -1 where unknown.
+        sample_rows: Rows of sample-major tensors, -1 where unknown.
+        token_pieces: Their pieces in the open step.
+        sample_pieces: The same for sample-major tensors.
+        measured_rows: Rows measured so far.
+        backends: Backend and reason by kind of device.
+    """
+
+    def __init__(self) -> None:
+        self.phase: Phase = "outside"
+        self.padded_tokens = -1
+        self.sample_rows = -1
+        self.token_pieces: tuple[Piece, ...] = ()
+        self.sample_pieces: tuple[Piece, ...] = ()
+        self.measured_rows = 0
+        self.backends: dict[str, tuple[Backend, str]] = {}
+        self._plans: dict[Any, Plan] = {}
+        self._layout_plans: list[Plan] = []
+        self._chunk: npt.NDArray[np.float64] = np.zeros((0, ROW_WIDTH))
+        self._chunk_address = 0
+        self._used = 0
+        self._kernel: Any = None
+        self._large_kernel: Any = None
+        self._scratch = 0
+        self._large_elements = 0
+
+    def set_layout(
+        self, padded_tokens: int, tokens: tuple[Piece, ...], samples: tuple[Piece, ...]
+    ) -> None:
+        """The rows of the open step are settled."""
+        self.padded_tokens = padded_tokens
+        self.sample_rows = len(samples)
+        self.token_pieces, self.sample_pieces = tokens, samples
+
+    def clear_layout(self) -> None:
+        """A step begins: its rows are not known yet."""
+        self.phase = "outside"
+        self.padded_tokens = self.sample_rows = -1
+        self.token_pieces = self.sample_pieces = ()
+        for plan in self._layout_plans:
+            plan.tokens = plan.samples = None
+        self._layout_plans.clear()
+
+    def measure(
+        self, tensor: torch.Tensor, refuted: set[Any], slot: Any, role: Role = "read"
+    ) -> Measured | TensorValue:
+        """Measures a tensor in a slot.
+
+        Args:
+            tensor: Any tensor.
+            refuted: Slots of the call's site known not to be token-major; added to.
+            slot: Identity of the slot within the site.
+            role: Whether the slot may be judged.
+        """
+        if type(tensor) not in _PLAIN_TYPES:
+            return self._measure_unusual(tensor, role)
+        try:
+            key = (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)
+            plan = self._plans.get(key)
+        except (RuntimeError, NotImplementedError, TypeError):
+            return self._measure_unusual(tensor, role)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(tensor)
+        row_class = self._classify(plan.first, refuted, slot)
+        if plan.kind < 0 or not tensor.is_cpu or tensor.is_neg():
+            return self._measure_slowly(tensor, plan, row_class, role)
+        if row_class == "neither":
+            table = plan.whole
+        else:
+            table = plan.tokens if row_class == "token" else plan.samples
+            if table is None:
+                table = self._add_layout_table(plan, row_class)
+        assert table is not None
+        first = self._used
+        last = first + table.rows
+        if last > len(self._chunk):
+            self._new_chunk(table.rows)
+            first, last = 0, table.rows
+        self._used = last
+        kernel = self._kernel
+        if plan.elements >= self._large_elements:
+            kernel = self._large_kernel
+        kernel(
+            table.address,
+            table.spans,
+            self._chunk_address,
+            tensor.data_ptr(),
+            first,
+            self._scratch,
+        )
+        self.measured_rows += table.rows
+        return Measured(plan, row_class, self._chunk, first, table.rows, role)
+
+    def _classify(self, first: int, refuted: set[Any], slot: Any) -> RowClass:
+        """What dimension 0 of a tensor counts, as far as is known by now."""
+        if first < 0 or self.padded_tokens < 0:
+            return "neither"
+        if self.phase == "forward":
+            if first != self.padded_tokens:
+                refuted.add(slot)
+            elif slot not in refuted:
+                return "token"
+        elif first == self.sample_rows and self.phase != "outside":
+            return "sample"
+        return "neither"
+
+    def describe_only(self, tensor: torch.Tensor, role: Role) -> TensorValue:
+        """A tensor's form without numbers."""
+        name = type(tensor).__name__
+        return TensorValue(
+            str(tensor.dtype),
+            tuple(tensor.shape),
+            tensor.requires_grad,
+            None,
+            role=role,
+            type_name=_TYPE_NAMES.get(name, "torch.Tensor"),
+        )
+
+    def _make_plan(self, tensor: torch.Tensor) -> Plan:
+        plan = Plan(tensor)
+        is_plain = tensor.layout is torch.strided and not tensor.is_quantized
+        if not tensor.is_cpu or tensor.is_meta or not is_plain or not plan.elements:
+            return plan
+        backend = self.backend("cpu")
+        if backend.name != "cpu":
+            return plan
+        from pytest_msprobe.statistics import cpu
+
+        layout = cpu.as_rows(plan.shape, tensor.stride())
+        kind = cpu.KINDS.get(tensor.dtype)
+        if layout is None or kind is None:
+            return plan
+        plan.kind, plan.row_stride = kind, layout[1]
+        plan.whole = self._table(plan, [[whole(plan.shape)]])
+        return plan
+
+    def _table(self, plan: Plan, parts: list[list[Span]]) -> Table:
+        from pytest_msprobe.statistics import cpu
+
+        array = cpu.build_table(parts, plan.row_stride, plan.size, plan.kind)
+        return Table(array, array.ctypes.data, len(array), len(parts))
+
+    def _pieces(self, row_class: RowClass) -> tuple[Piece, ...]:
+        return self.token_pieces if row_class == "token" else self.sample_pieces
+
+    def _add_layout_table(self, plan: Plan, row_class: RowClass) -> Table:
+        if plan.tokens is None and plan.samples is None:
+            self._layout_plans.append(plan)
+        table = self._table(plan, _parts(plan.shape, self._pieces(row_class)))
+        if row_class == "token":
+            plan.tokens = table
+        else:
+            plan.samples = table
+        return table
+
+    def _new_chunk(self, rows: int) -> None:
+        self._chunk = np.zeros((max(_CHUNK_ROWS, rows), ROW_WIDTH))
+        self._chunk_address = self._chunk.ctypes.data
+        self._used = 0
+
+    def _measure_slowly(
+        self, tensor: torch.Tensor, plan: Plan, row_class: RowClass, role: Role
+    ) -> Measured | TensorValue:
+        """Tensors of other devices, types and layouts, through the backend protocol."""
+        if not plan.elements or tensor.is_meta or tensor.is_quantized:
+            return self.describe_only(tensor, role)
+        parts = [[whole(plan.shape)]]
+        if row_class != "neither":
+            parts = _parts(plan.shape, self._pieces(row_class))
+        rows = np.zeros((len(parts), ROW_WIDTH))
+        try:
+            self.backend(tensor.device.type).measure(tensor, parts, rows)
+        except (NotImplementedError, TypeError, RuntimeError):
+            # This kind of tensor has no numbers; its row says so by null statistics.
+            return self.describe_only(tensor, role)
+        self.measured_rows += len(parts)
+        return Measured(plan, row_class, rows, 0, len(parts), role)
+
+    def _measure_unusual(
+        self, tensor: torch.Tensor, role: Role
+    ) -> Measured | TensorValue:
+        """Subclasses, sparse and nested tensors."""
+        is_plain = tensor.layout is torch.strided and not tensor.is_quantized
+        if not is_plain or type(tensor).__name__ in _TYPE_NAMES:
+            return self.describe_only(tensor, role)
+        try:
+            plain = tensor.as_subclass(torch.Tensor)
+            return self._measure_slowly(plain, Plan(plain), "neither", role)
+        except (RuntimeError, NotImplementedError, TypeError):
+            return self.describe_only(tensor, role)
+
+    def backend(self, device_type: str) -> Backend:
+        """The backend for a kind of device."""
+        known = self.backends.get(device_type)
+        if known is None:
+            known = self.backends[device_type] = select_backend(device_type)
+            if known[0].name == "cpu":
+                from pytest_msprobe.statistics import cpu
+
+                assert isinstance(known[0], cpu.CpuBackend)
+                self._kernel = cpu.measure_spans
+                self._large_kernel = cpu.measure_large_spans
+                self._large_elements = cpu.LARGE_ELEMENTS
+                self._scratch = known[0].scratch_address
+        return known[0]
+
+
+def is_suspicious(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is so large that it may be a KV cache."""
+    return tensor.numel() >= _SUSPICIOUS_ELEMENTS
+
+
+def _parts(shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> list[list[Span]]:
+    return [[rows_of(shape, p.first_row, p.rows, p.position)] for p in pieces]
