@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between versions and installations, in one place."""
 
+import sys
 from importlib import metadata, util
 
 _PURPOSE = {
@@ -29,6 +30,19 @@ def missing_message(name: str) -> tuple[str, str]:
         f"{name} is not installed in this environment ({why})",
         f"install the {name} build for your hardware (pytest-msprobe chooses none)",
     )
+
+
+def make_llvmlite_scannable() -> None:
+    """Lets vLLM's CPU platform start an engine where numba has been imported.
+
+    vLLM 0.32 reads the `__dict__` of every attribute of every module when it registers
+    its kernels. llvmlite's library object answers any attribute with a C function,
+    `__dict__` too, and vLLM fails on it. Here that one answer becomes an empty dict.
+    """
+    module = sys.modules.get("llvmlite.binding.ffi")
+    functions = getattr(getattr(module, "lib", None), "_fntab", None)
+    if isinstance(functions, dict):
+        functions["__dict__"] = {}
 
 
 def version_of(*distributions: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Key, key_of
+from pytest_msprobe.compare.match import Key, key_of, places_of
 from pytest_msprobe.dump.capture import CallLine, CaptureFile
 from pytest_msprobe.model.names import parse_call_name
 from pytest_msprobe.model.verdict import Divergence, DivergenceKind, Finding
@@ -63,11 +63,12 @@ class Node:
 def build_tree(capture: CaptureFile, index: Mapping[Key, int]) -> Node:
     """The calls of a capture as a tree; they are stored in the order of their ends."""
     pending: list[tuple[int, Node]] = []
-    for step, line in capture.calls():
+    calls = list(capture.calls())
+    for (step, line), place in zip(calls, places_of(calls), strict=True):
         node = Node(
             line,
-            _rows(capture, line, line.i, step, index),
-            _rows(capture, line, line.o, step, index),
+            _rows(capture, place, line.i, step, index),
+            _rows(capture, place, line.o, step, index),
         )
         children = []
         while pending and pending[-1][0] > line.l:
@@ -79,7 +80,7 @@ def build_tree(capture: CaptureFile, index: Mapping[Key, int]) -> Node:
 
 def _rows(
     capture: CaptureFile,
-    line: CallLine,
+    place: str,
     side: dict[str, list[int]],
     step: int,
     index: Mapping[Key, int],
@@ -87,9 +88,9 @@ def _rows(
     found = []
     for slot, ids in side.items():
         for number in ids:
-            place = index.get(key_of(line.c, slot, capture.tensors[number], step))
-            if place is not None:
-                found.append(place)
+            row = index.get(key_of(place, slot, capture.tensors[number], step))
+            if row is not None:
+                found.append(row)
     return found
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs the rows of a candidate with those of a golden and lays them out as columns."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from pytest_msprobe.dump.capture import CallLine, CaptureFile, TensorLine
 from pytest_msprobe.model.dtypes import BY_CODE, is_sketched
-from pytest_msprobe.model.names import MODULE_PREFIX
+from pytest_msprobe.model.names import MODULE_PREFIX, parse_call_name
 from pytest_msprobe.model.verdict import RowId
 from pytest_msprobe.statistics.sketch import fold, unpack
 
@@ -21,7 +22,7 @@ class RowSet:
     """The rows of one capture.
 
     Attributes:
-        tensors: Numbers by key (call, slot, segment, step or -1).
+        tensors: Numbers by key (place, slot, segment, step or -1).
         rows: Identity by key, in execution order.
     """
 
@@ -29,20 +30,58 @@ class RowSet:
     rows: dict[Key, RowId] = field(default_factory=dict)
 
 
-def key_of(call: str, slot: str, tensor: TensorLine, step: int) -> Key:
+def key_of(place: str, slot: str, tensor: TensorLine, step: int) -> Key:
     """Key of a row: tensors of neither class need their step as well."""
-    return (call, slot, tensor.g, -1 if tensor.g else step)
+    return (place, slot, tensor.g, -1 if tensor.g else step)
+
+
+def parents_of(calls: list[tuple[int, CallLine]]) -> list[str]:
+    """Name of the recorded module around each call, empty at the top.
+
+    Calls stand in the order in which they ended, so a call's parent is the first one
+    behind it that is one level higher.
+    """
+    parents = [""] * len(calls)
+    around: dict[int, str] = {}
+    for index in range(len(calls) - 1, -1, -1):
+        call = calls[index][1]
+        around = {level: name for level, name in around.items() if level < call.l}
+        parents[index] = around.get(call.l - 1, "")
+        around[call.l] = call.c
+    return parents
+
+
+def places_of(calls: list[tuple[int, CallLine]]) -> list[str]:
+    """What identifies each call within its step.
+
+    A module's is its name. APIs are numbered over the whole step in their names, so
+    that one call more would shift all later ones; they are identified by the module
+    around them and their number within it.
+    """
+    places: list[str] = []
+    counts: Counter[tuple[int, str]] = Counter()
+    for (step, call), parent in zip(calls, parents_of(calls), strict=True):
+        name = parse_call_name(call.c)
+        if name is None or name.is_module:
+            places.append(call.c)
+            continue
+        text = f"{parent}>{name.prefix}.{name.path}"
+        number = counts[step, text]
+        counts[step, text] += 1
+        places.append(f"{text}.{number}")
+    return places
 
 
 def collect_rows(capture: CaptureFile) -> RowSet:
     """All rows of a capture in execution order; the first of equal keys counts."""
     result = RowSet()
-    for step, call in capture.calls():
+    calls = list(capture.calls())
+    for (step, call), place in zip(calls, places_of(calls), strict=True):
         for side in (call.i, call.o):
             for slot, ids in side.items():
                 for number in ids:
                     tensor = capture.tensors[number]
-                    key = key_of(call.c, slot, tensor, step)
+                    key = key_of(place, slot, tensor, step)
                     if key not in result.tensors:
                         result.tensors[key] = tensor
                         result.rows[key] = RowId(call.c, slot, tensor.g, step)
@@ -182,8 +221,3 @@ def sketch_distances(
         if length > 0:
             cosine[index] = float(a @ b) / length
     return distance, cosine
-
-
-def call_lines(capture: CaptureFile) -> list[tuple[int, CallLine]]:
-    """Calls of a capture with their steps, in the order in which they ended."""
-    return list(capture.calls())

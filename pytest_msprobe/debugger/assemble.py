@@ -7,7 +7,7 @@ several steps are added up, and equal segments are written once and referred to.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -74,9 +74,9 @@ def assemble(
 
 class _Assembler:
     def __init__(self, steps: list[StepRecord], classifier: RowClassifier) -> None:
-        self._steps = steps
-        self._classifier = classifier
         self._result = Assembly()
+        self._steps = [_without_preparation(step, self._result) for step in steps]
+        self._classifier = classifier
         self._ids: dict[tuple[object, ...], int] = {}
         # Segments that several steps computed a part of, by (slot, segment).
         self._parts: dict[tuple[str, str], list[_Part]] = {}
@@ -203,6 +203,18 @@ class _Assembler:
             known = self._ids[key] = line.t = len(self._ids)
             self._result.lines.append(line)
         return known
+
+
+def _without_preparation(step: StepRecord, result: Assembly) -> StepRecord:
+    """A step without the calls that prepare the model's input.
+
+    They work on buffers that live on between steps, whose other elements are left over
+    from earlier requests. What they prepare is seen again as the model's inputs.
+    """
+    calls = [call for call in step.calls if call.phase != "outside"]
+    if len(calls) < len(step.calls):
+        result.left_out["preparation"] += len(step.calls) - len(calls)
+    return replace(step, calls=calls)
 
 
 def _merge(chunks: list[_Part]) -> _Part:

@@ -23,7 +23,7 @@ from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
-from pytest_msprobe.model.calls import Frame, Role, TensorValue, Tree
+from pytest_msprobe.model.calls import Frame, Phase, Role, TensorValue, Tree
 from pytest_msprobe.model.segments import (
     Piece,
     StepLayout,
@@ -88,6 +88,7 @@ class RawCall:
         "output",
         "parameters",
         "parent",
+        "phase",
         "site",
         "slot_base",
         "stack",
@@ -102,6 +103,7 @@ class RawCall:
         self.depth = depth
         self.parent = parent
         self.slot_base = number << 8
+        self.phase: Phase = "outside"
         self.input_args: list[Tree] = []
         self.input_kwargs: dict[str, Tree] = {}
         self.output: list[Tree] | dict[str, Tree] | None = None
@@ -308,6 +310,7 @@ class Collector:
         stack = self._stack
         parent = stack[-1].name if stack else None
         call = RawCall(site, number, key, len(stack), parent)
+        call.phase = self.measurer.phase
         if site.is_module:
             stack.append(call)
         return call

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
 from pytest_msprobe.debugger.measure import Measured
 from pytest_msprobe.errors import ConfigError
-from pytest_msprobe.model.calls import TensorValue, Tree
+from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
 LIST_FILE = Path(__file__).with_name("support_wrap_ops.yaml")
 
@@ -439,7 +439,7 @@ def record_call(
         if collector.selection.enter(call.name, is_module=False):
             collector.take_stack(call, frame)
             collector.read_inputs(call, args, kwargs)
-            _set_opaque(call, entry)
+            _set_roles(call, entry)
         else:
             collector.selection.leave(call.name, is_module=False)
             call = None
@@ -460,20 +460,23 @@ def record_call(
     return result
 
 
-def _set_opaque(call: RawCall, entry: Entry) -> None:
+def _set_roles(call: RawCall, entry: Entry) -> None:
+    """Arguments that hold no numbers, and what `out=` held before, are not judged."""
+    if "out" in call.input_kwargs:
+        call.input_kwargs["out"] = _with_role(call.input_kwargs["out"], "undefined")
     for place in entry.opaque:
         if isinstance(place, int):
             if place < len(call.input_args):
-                call.input_args[place] = _as_opaque(call.input_args[place])
+                call.input_args[place] = _with_role(call.input_args[place], "opaque")
         elif place in call.input_kwargs:
-            call.input_kwargs[place] = _as_opaque(call.input_kwargs[place])
+            call.input_kwargs[place] = _with_role(call.input_kwargs[place], "opaque")
 
 
-def _as_opaque(value: Tree) -> Tree:
+def _with_role(value: Tree, role: Role) -> Tree:
     if isinstance(value, Measured):
-        return value._replace(role="opaque")
+        return value._replace(role=role)
     if isinstance(value, TensorValue):
-        return replace(value, role="opaque")
+        return replace(value, role=role)
     return value
 
 

@@ -5,19 +5,17 @@ Everything that depends on a tensor's form only is worked out once and kept in a
 a call then costs a lookup and the kernel.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pytest_msprobe.model.calls import Role, TensorValue
+from pytest_msprobe.model.calls import Phase, Role, TensorValue
 from pytest_msprobe.model.records import ROW_WIDTH
 from pytest_msprobe.model.segments import Piece, RowClass
 from pytest_msprobe.statistics.select import select_backend
 from pytest_msprobe.statistics.spec import Backend, Span, rows_of, whole
-
-Phase = Literal["outside", "forward", "logits", "sample"]
 
 _CHUNK_ROWS = 1024
 _ROW_BYTES = ROW_WIDTH * 8

@@ -7,7 +7,12 @@ import os
 import warnings
 from typing import Any
 
-from pytest_msprobe.compat import has_module, missing_message, vllm_version
+from pytest_msprobe.compat import (
+    has_module,
+    make_llvmlite_scannable,
+    missing_message,
+    vllm_version,
+)
 from pytest_msprobe.config.settings import check_eager
 from pytest_msprobe.errors import EngineError, MissingDependencyError
 
@@ -64,6 +69,7 @@ def start_engine(arguments: dict[str, Any]) -> Any:
         if not has_module(name):
             message, hint = missing_message(name)
             raise MissingDependencyError(message, slug="missing-dependency", hint=hint)
+    make_llvmlite_scannable()
     try:
         # What torch and vLLM warn of while they start is not the test's business.
         with warnings.catch_warnings():

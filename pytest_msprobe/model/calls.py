@@ -10,6 +10,8 @@ import numpy.typing as npt
 from pytest_msprobe.model.segments import Piece, RowClass, StepLayout
 
 Role = Literal["read", "written", "undefined", "opaque"]
+# Where in a step a call was made; outside the model's own work its input is prepared.
+Phase = Literal["outside", "forward", "logits", "sample"]
 
 # Values of arguments are trees: lists, dicts and the leaves TensorValue, Scalar, None.
 Tree = Any
@@ -65,6 +67,7 @@ class CallRecord:
         parameters: Direct parameters of a module, None for an API.
         stack: Frames from the caller outwards, or None.
         is_finished: False if the call ended with an exception.
+        phase: Where in the step it was made.
     """
 
     name: str
@@ -77,6 +80,7 @@ class CallRecord:
     parameters: dict[str, Tree] | None = None
     stack: tuple[Frame, ...] | None = None
     is_finished: bool = False
+    phase: Phase = "outside"
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import float64, int64, types, uint32, uint64
 from numba.extending import intrinsic
 
+from pytest_msprobe.compat import make_llvmlite_scannable
 from pytest_msprobe.model import records
 from pytest_msprobe.statistics.checksum import word_factors
 from pytest_msprobe.statistics.reference import ReferenceBackend
@@ -51,6 +52,8 @@ LARGE_ELEMENTS = 1 << 16
 SCRATCH_BYTES = 16384
 # Sums of a lane stay in float32 for this many blocks, then go into float64.
 _FLUSH_BLOCKS = 16
+
+make_llvmlite_scannable()
 
 Table = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.float64]

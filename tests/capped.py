@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest plugin (`-p capped`) that caps the instruction set to AVX2.
+
+With ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 in the environment torch and
+oneDNN take AVX2 kernels; vLLM asks torch.cpu which kernels it may take.
+"""
+
+import torch
+
+ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def _no() -> bool:
+    return False
+
+
+torch.cpu._is_avx512_supported = _no
+torch.cpu._is_avx512_bf16_supported = _no
+torch.cpu._is_amx_tile_supported = _no
