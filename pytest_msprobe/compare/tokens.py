@@ -70,7 +70,8 @@ def compare_tokens(
 ) -> TokenDifference:
     """Greatest difference of log-probabilities and first flipped token.
 
-    Tokens are compared up to and with the first other token of each request.
+    Tokens are compared up to and with the first other token of each request. There the
+    candidate's token counts as well as the golden's.
 
     Args:
         golden: Requests of the golden.
@@ -89,6 +90,11 @@ def compare_tokens(
         last = common if flip is None else min(flip + 1, common)
         for index in range(last):
             difference, is_bound = logprob_difference(request, other, index)
+            if index == flip:
+                # Where greedy tokens flip, one of the two tokens must have moved.
+                back, is_back_bound = logprob_difference(other, request, index)
+                if back > difference:
+                    difference, is_bound = back, is_back_bound
             result.compared += 1
             if difference > largest:
                 largest = difference

@@ -95,6 +95,8 @@ def _read_yaml(path: Path, text: str) -> Source:
             data = loader.construct_document(node)
         else:
             data = {}
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)

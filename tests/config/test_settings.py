@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file of a run."""
+
+import json
+
+import pytest
+from test_debugger_config import SEED
+
+from pytest_msprobe.config.settings import read_settings
+from pytest_msprobe.errors import ConfigError
+
+
+def write(folder, text, name="msprobe.yaml"):
+    """A configuration file."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_config_json_is_taken_unchanged(tmp_path):
+    """An msProbe config.json is a whole configuration; goldens lie beside it."""
+    settings = read_settings(write(tmp_path, json.dumps(SEED), "config.json"))
+
+    assert settings.capture.level == "mix"
+    assert settings.golden.directory == tmp_path / "golden"
+    assert settings.engine.arguments == {}
+
+
+def test_yaml_sections(tmp_path):
+    """Every section is read, with paths relative to the file."""
+    (tmp_path / "model").mkdir()
+    settings = read_settings(
+        write(
+            tmp_path,
+            "capture: {level: mix}\n"
+            "engine: {model: model, max_model_len: 99, env: {OMP_NUM_THREADS: 1}}\n"
+            "tolerances:\n  same: {rel_l2: 1e-2}\n  rules:\n"
+            "    - {rows: '*mlp*', max: 0.5, mode: cross}\n"
+            "golden: {dir: g, decode_steps: all}\n",
+        )
+    )
+
+    assert settings.capture.level == "mix"
+    assert settings.engine.arguments["model"] == str(tmp_path / "model")
+    assert settings.engine.environment == {"OMP_NUM_THREADS": "1"}
+    assert settings.rules[0].limits == {"rel_l2": 0.01}
+    assert settings.rules[1].origin == "msprobe.yaml:6"
+    assert settings.rules[1].mode == "cross"
+    assert settings.golden.directory == tmp_path / "g"
+    assert settings.golden.decode_steps == -1
+
+
+def test_empty_yaml_has_defaults(tmp_path):
+    """An empty file records L0 with a prefill and two decode steps."""
+    settings = read_settings(write(tmp_path, ""))
+
+    assert settings.capture.level == "L0"
+    assert settings.golden.decode_steps == 2
+
+
+BAD = [
+    ("capture: {levle: L0}", 1, "did you mean 'level'"),
+    ("captrue: {}", 1, "did you mean 'capture'"),
+    ("capture:\n  level: L0\n  level: mix", 3, "duplicate key"),
+    ("engine:\n  model: a\nengine: {}", 3, "duplicate key"),
+    ("capture: [1]", 1, "expected keys and values"),
+    ("- a\n- b", None, "expected sections"),
+    ("just text", None, "expected sections"),
+    ("capture: {level: L0", 1, "not valid YAML"),
+    ("a: b: c", 1, "not valid YAML"),
+    ("capture:\n\t- x", 2, "not valid YAML"),
+    ("? [a]\n: 1", 1, "plain word"),
+    ("engine: {model: 3}", 1, "engine.model: expected text"),
+    ("engine: {env: [A]}", 1, "engine.env"),
+    ("engine: {env: {A: [1]}}", 1, "engine.env.A"),
+    ("engine: {env: {A: true}}", 1, "engine.env.A"),
+    ("engine:\n  enforce_eager: false", 2, "nothing can be recorded"),
+    ("engine: {enforce_eager: 1}", 1, "enforce_eager"),
+    ("golden: {dir: 3}", 1, "golden.dir"),
+    ("golden: {dir: ''}", 1, "golden.dir"),
+    ("golden: {decode_steps: -1}", 1, "decode_steps"),
+    ("golden: {decode_steps: true}", 1, "decode_steps"),
+    ("golden: {decode_steps: 1.5}", 1, "decode_steps"),
+    ("golden: {size_warning_bytes: 0}", 1, "size_warning_bytes"),
+    ("golden: {where: x}", 1, "unknown key"),
+    ("tolerances: {rel_l2: 1}", 1, "unknown key"),
+    ("tolerances: {same: {rel_l3: 1}}", 1, "did you mean 'rel_l2'"),
+    ("tolerances: {same: {max: -1}}", 1, "a number >= 0"),
+    ("tolerances: {same: {max: big}}", 1, "a number >= 0"),
+    ("tolerances: {same: {max: true}}", 1, "a number >= 0"),
+    ("tolerances: {same: {max: .nan}}", 1, "a number >= 0"),
+    ("tolerances: {same: 3}", 1, "expected metrics"),
+    ("tolerances: {same: {}}", 1, "expected a limit"),
+    ("tolerances: {rules: {a: 1}}", 1, "expected a list"),
+    ("tolerances:\n  rules:\n    - 5", 3, "expected metrics"),
+    ("tolerances:\n  rules:\n    - {rows: 5, max: 1}", 3, "a glob"),
+    ("tolerances:\n  rules:\n    - {rows: 'a'}", 3, "expected a limit"),
+    ("tolerances:\n  rules:\n    - {mode: other, max: 1}", 3, "same or cross"),
+    ("tolerances:\n  rules:\n    - {ignore: 1}", 3, "true or false"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "expected"), BAD)
+def test_bad_yaml_is_refused_in_one_line(tmp_path, text, line, expected):
+    """A wrong file is one line with file, line and what was expected."""
+    path = write(tmp_path, text)
+
+    with pytest.raises(ConfigError) as caught:
+        read_settings(path)
+
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}:{line}: " if line else str(path))
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", "{", "config.json:1: not valid JSON"),
+        ("config.json", "[1]", "expected a JSON object"),
+        ("config.json", "[" * 100_000, "nested too deeply"),
+        ("config.toml", "", "ending '.toml'"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, content, expected):
+    """A file of the wrong kind or form is one line."""
+    with pytest.raises(ConfigError, match=expected):
+        read_settings(write(tmp_path, content, name))
+
+
+def test_missing_file_is_refused(tmp_path):
+    """A missing file is named."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        read_settings(tmp_path / "nowhere.yaml")
+
+
+def test_file_that_is_no_text_is_refused(tmp_path):
+    """A file that is not UTF-8 is named."""
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_settings(path)

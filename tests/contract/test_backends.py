@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every statistics backend against the definition in float64 and plain Python."""
+
+import numpy as np
+import plain_formats
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_msprobe.model.records import (
+    COUNT,
+    ROW_WIDTH,
+    combine,
+    read_numbers,
+)
+from pytest_msprobe.statistics.cpu import CpuBackend
+from pytest_msprobe.statistics.reference import ReferenceBackend
+from pytest_msprobe.statistics.spec import Span, rows_of, whole
+
+BACKENDS = {"reference": ReferenceBackend(), "cpu": CpuBackend()}
+FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+INTEGERS = (
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+)  # fmt: skip
+COMPLEX = ("complex64", "complex128")
+EVERY = (*FLOATS, *INTEGERS, *COMPLEX)
+
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+def make_tensor(dtype, shape, seed):
+    """A tensor of any dtype with values over its range."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 20
+    kind = getattr(torch, dtype)
+    if dtype == "bool":
+        return x > 0
+    if dtype.startswith("complex"):
+        return torch.complex(x, x.flip(0)).to(kind)
+    if dtype.startswith("uint"):
+        return x.abs().to(torch.int64).to(kind)
+    return x.to(kind)
+
+
+def numbers_of(backend, tensor, parts):
+    """Numbers of each part."""
+    rows = np.full((len(parts), ROW_WIDTH), np.nan)
+    backend.measure(tensor, parts, rows)
+    return [read_numbers(row, str(tensor.dtype)) for row in rows]
+
+
+def elements(tensor, span):
+    """The elements of a span and their indices, the slow and sure way."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    flat = tensor.reshape(rows, -1)
+    for r in range(span.rows):
+        for c in range(span.columns):
+            value = flat[span.first_row + r, span.first_column + c]
+            yield span.first_index + r * span.index_stride + c, value
+
+
+def bits_of(value):
+    """The bits of one element as an unsigned integer."""
+    raw = value.reshape(1).contiguous().view(torch.uint8).tolist()
+    return int.from_bytes(bytes(raw), "little")
+
+
+def check_against_definition(tensor, span, numbers):
+    """One span against plain Python, element by element."""
+    pairs = list(elements(tensor, span))
+    size = tensor.element_size()
+    total = sum(plain_formats.checksum([bits_of(v)], size, i) for i, v in pairs)
+    assert numbers.checksum == total & plain_formats.M64
+    assert numbers.count == len(pairs)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        values = [int(v.item()) for _, v in pairs]
+        assert numbers.maximum == max(values)
+        assert numbers.minimum == min(values)
+        assert numbers.total is numbers.squares is numbers.sketch is None
+        return
+    values = [abs(v.item()) if tensor.is_complex() else v.item() for _, v in pairs]
+    finite = [v for v in values if np.isfinite(v)]
+    assert numbers.nan == sum(np.isnan(values))
+    assert numbers.positive_inf == sum(np.isposinf(values))
+    assert numbers.negative_inf == sum(np.isneginf(values))
+    if not finite:
+        assert numbers.maximum is numbers.minimum is None
+        return
+    assert numbers.maximum == pytest.approx(max(finite), rel=1e-6)
+    assert numbers.minimum == pytest.approx(min(finite), rel=1e-6)
+    scale = max(sum(abs(v) for v in finite), 1e-30)
+    assert numbers.total == pytest.approx(sum(finite), abs=1e-6 * scale)
+    assert numbers.squares == pytest.approx(sum(v * v for v in finite), rel=1e-6)
+    sums = [0.0] * 64
+    for (index, _), value in zip(pairs, values, strict=True):
+        if np.isfinite(value):
+            bucket, sign = plain_formats.bucket_and_sign(index)
+            sums[bucket] += sign * value
+    assert numbers.sketch == pytest.approx(np.array(sums), abs=1e-6 * scale)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", EVERY)
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 80),
+    position=st.integers(0, 300),
+    seed=st.integers(0, 999),
+    layout=st.sampled_from(["contiguous", "view", "transposed", "expanded"]),
+)
+def test_numbers_match_the_definition(
+    backend, dtype, rows, columns, position, seed, layout
+):
+    """All numbers of rows at any position and stride are those of plain Python."""
+    tensor = make_tensor(dtype, (rows, columns + 3), seed)
+    if layout == "contiguous":
+        tensor = tensor[:, :columns].contiguous()
+    elif layout == "view":
+        tensor = tensor[:, 2 : 2 + columns]
+    elif layout == "transposed":
+        tensor = make_tensor(dtype, (columns, rows), seed).t()
+    else:
+        tensor = tensor[:1, :columns].expand(rows, columns)
+    span = rows_of(tensor.shape, 0, rows, position)
+
+    (numbers,) = numbers_of(backend, tensor, [[span]])
+
+    check_against_definition(tensor, span, numbers)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nonfinite_elements_are_counted_apart(backend, dtype):
+    """NaN and infinities are counted and leave the other numbers alone."""
+    tensor = make_tensor(dtype, (5, 70), 1)
+    special = [float("nan"), float("inf"), float("-inf")]
+    for place, value in enumerate(special):
+        tensor[place, 10 * place] = torch.tensor(value).to(tensor.dtype)
+
+    (numbers,) = numbers_of(backend, tensor, [[whole(tensor.shape)]])
+
+    check_against_definition(tensor, whole(tensor.shape), numbers)
+    assert numbers.nonfinite >= 1
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", EVERY)
+def test_pieces_add_up(backend, dtype):
+    """Numbers of disjoint rows combine to those of the whole."""
+    tensor = make_tensor(dtype, (13, 50), 3)
+    parts = [
+        [rows_of(tensor.shape, first, n, 4 + first)] for first, n in ((0, 5), (5, 8))
+    ]
+
+    left, right = numbers_of(backend, tensor, parts)
+    (together,) = numbers_of(backend, tensor, [[parts[0][0], parts[1][0]]])
+    combined = combine(left, right)
+
+    assert combined.checksum == together.checksum
+    assert combined.count == together.count == 650
+    assert (combined.maximum, combined.minimum) == (together.maximum, together.minimum)
+    if combined.sketch is not None:
+        assert combined.sketch == pytest.approx(together.sketch, rel=1e-5, abs=1e-4)
+        assert combined.squares == pytest.approx(together.squares, rel=1e-6)
+
+
+@each_backend
+def test_column_shards_add_up(backend):
+    """Shards that carry their place in the unsharded tensor combine to the whole."""
+    tensor = make_tensor("bfloat16", (7, 96), 5)
+    left, right = tensor[:, :32], tensor[:, 32:]
+    spans = [
+        Span(0, 7, 0, 32, 2 * 96, 96),
+        Span(0, 7, 0, 64, 2 * 96 + 32, 96),
+    ]
+
+    (a,), (b,) = (
+        numbers_of(backend, t, [[s]]) for t, s in zip((left, right), spans, strict=True)
+    )
+    (together,) = numbers_of(backend, tensor, [[rows_of(tensor.shape, 0, 7, 2)]])
+
+    assert combine(a, b).checksum == together.checksum
+    assert combine(a, b).sketch == pytest.approx(together.sketch, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int64"])
+def test_backends_agree(dtype):
+    """The compiled backend gives the reference's numbers on a large tensor."""
+    tensor = make_tensor(dtype, (300, 1000), 7)
+    parts = [[rows_of(tensor.shape, 0, 1, 0)], [rows_of(tensor.shape, 1, 299, 1)]]
+
+    found = {name: numbers_of(b, tensor, parts) for name, b in BACKENDS.items()}
+
+    for a, b in zip(*found.values(), strict=True):
+        assert a.checksum == b.checksum
+        assert (a.maximum, a.minimum) == (b.maximum, b.minimum)
+        if a.sketch is not None:
+            assert a.squares == pytest.approx(b.squares, rel=1e-6)
+            assert a.sketch == pytest.approx(b.sketch, rel=1e-4, abs=1e-2)
+
+
+def test_sum_of_squares_of_many_elements():
+    """The squares of 1e7 bfloat16 elements are right to 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(10_000_000, generator=generator).bfloat16()
+
+    (numbers,) = numbers_of(BACKENDS["cpu"], tensor, [[whole(tensor.shape)]])
+
+    exact = float((tensor.double() ** 2).sum())
+    assert numbers.squares == pytest.approx(exact, rel=1e-6)
+    assert numbers.total == pytest.approx(float(tensor.double().sum()), abs=1e-2)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (4, 0), (2, 3, 4, 5)])
+def test_any_shape(backend, shape):
+    """0-d, empty and many-dimensional tensors are measured."""
+    tensor = make_tensor("float32", shape, 2)
+
+    (numbers,) = numbers_of(backend, tensor, [[whole(tensor.shape)]])
+
+    assert numbers.count == tensor.numel()
+    if numbers.count:
+        check_against_definition(tensor, whole(tensor.shape), numbers)
+
+
+@each_backend
+def test_negative_bit_is_resolved(backend):
+    """A lazily negated view has the numbers of its values, not of its memory."""
+    z = torch.complex(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0))
+    tensor = z.conj().imag
+    assert tensor.is_neg()
+
+    (numbers,) = numbers_of(backend, tensor, [[whole(tensor.shape)]])
+
+    assert numbers.maximum == -1.0
+    assert numbers.total == -10.0
+
+
+@each_backend
+def test_row_is_overwritten(backend):
+    """What stood in a row before does not get into the numbers."""
+    tensor = make_tensor("float32", (3, 10), 2)
+    rows = np.full((1, ROW_WIDTH), 7.0)
+
+    backend.measure(tensor, [[whole(tensor.shape)]], rows)
+
+    assert rows.view(np.int64)[0, COUNT] == 30
