@@ -487,7 +487,8 @@ def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
     """
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return None
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
     if summary_mode == "md5":
         return f"{zlib.crc32(raw.tobytes()):08x}"

@@ -254,9 +254,13 @@ class Measurer:
     def describe_only(self, tensor: torch.Tensor, role: Role) -> TensorValue:
         """A tensor's form without numbers."""
         name = type(tensor).__name__
+        try:
+            shape = tuple(tensor.shape)
+        except RuntimeError:  # a nested tensor has none
+            shape = ()
         return TensorValue(
             str(tensor.dtype),
-            tuple(tensor.shape),
+            shape,
             tensor.requires_grad,
             None,
             role=role,

@@ -333,10 +333,15 @@ def _small_float_span(span: Any, out: Any, scratch: Any) -> Any:
     sums = numba.carray(_p_f64(scratch + 4352), (64,))
     for c in range(64):
         sums[c] = 0
-    total = float64(0)
-    squares = float64(0)
-    high = np.float32(-np.inf)
-    low = np.float32(np.inf)
+    total = numba.carray(_p_f64(scratch + 1024), (8,))
+    squares = numba.carray(_p_f64(scratch + 1088), (8,))
+    high = numba.carray(_p_f32(scratch + 1152), (8,))
+    low = numba.carray(_p_f32(scratch + 1184), (8,))
+    for k in range(8):
+        total[k] = 0
+        squares[k] = 0
+        high[k] = -np.inf
+        low[k] = np.inf
     checksum = uint64(0)
     for r in range(rows):
         source = start + r * row_bytes
@@ -353,19 +358,21 @@ def _small_float_span(span: Any, out: Any, scratch: Any) -> Any:
             base = _base(uint64((index + done) >> 6))
             rotation = uint32(base >> uint32(26))
             checksum += _block_checksum(address, size, rotation) * _block_factor(base)
-            sum_block = np.float32(0)
-            square_block = np.float32(0)
-            for c in range(lane, lane + count):
-                v = x[c]
-                high = max(high, v)
-                low = min(low, v)
-                sum_block += v
-                square_block += v * v
-            poison = (sum_block - sum_block) + (square_block - square_block)
-            if poison != poison:
-                return False
-            total += sum_block
-            squares += square_block
+            if count == 64:
+                for c in range(0, 64, 8):
+                    for k in range(8):
+                        v = x[c + k]
+                        high[k] = max(high[k], v)
+                        low[k] = min(low[k], v)
+            else:
+                for c in range(lane, lane + count):
+                    high[0] = max(high[0], x[c])
+                    low[0] = min(low[0], x[c])
+            for c in range(0, 64, 8):
+                for k in range(8):
+                    v = x[c + k]
+                    total[k] += v
+                    squares[k] += v * v
             first = _mix(uint32(base + uint32(0x9E3779B9)))
             second = _mix(uint32(base + uint32(0x3C6EF372)))
             for c in range(64):
@@ -377,10 +384,16 @@ def _small_float_span(span: Any, out: Any, scratch: Any) -> Any:
             for c in range(64):
                 sums[c] += x[c ^ turn]
             done += count
-    out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high))
-    out[records.MINIMUM] = min(out[records.MINIMUM], float64(low))
-    out[records.TOTAL] += total
-    out[records.SQUARES] += squares
+    for k in range(1, 8):
+        total[0] += total[k]
+        squares[0] += squares[k]
+    if not (total[0] - total[0] == 0 and squares[0] - squares[0] == 0):
+        return False
+    for k in range(8):
+        out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high[k]))
+        out[records.MINIMUM] = min(out[records.MINIMUM], float64(low[k]))
+    out[records.TOTAL] += total[0]
+    out[records.SQUARES] += squares[0]
     for c in range(64):
         out[records.SKETCH + c] += sums[c]
     out.view(np.uint64)[records.CHECKSUM] += checksum

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level L1: which calls become rows, their names and roles."""
+
+import threading
+
+import pytest
+import torch
+from toy import Model
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.functions import (
+    FunctionTable,
+    operator_functions,
+    read_op_list,
+)
+from pytest_msprobe.debugger.materialize import materialize
+from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.errors import ConfigError
+
+
+def calls_of(function, tmp_path, model=None, **options):
+    """The calls that a function makes, recorded."""
+    config = DebuggerConfig(**{"level": "L1", **options})
+    recorder = Recorder(config, tmp_path, rank=0, is_kept=True)
+    recorder.attach(model)
+    recorder.begin_step(0)
+    try:
+        with recorder.recording:
+            function()
+        step = materialize(recorder.collector.end_step())
+    finally:
+        recorder.detach()
+    recorder.collector.raise_error()
+    return {call.name: call for call in step.calls}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda a: a + a, "Tensor.__add__.0.forward"),
+        (lambda a: a.add(a), "Tensor.add.0.forward"),
+        (lambda a: torch.add(a, a), "Torch.add.0.forward"),
+        (lambda a: a * 2, "Tensor.__mul__.0.forward"),
+        (lambda a: a @ a, "Tensor.__matmul__.0.forward"),
+        (lambda a: a < a, "Tensor.__lt__.0.forward"),
+        (lambda a: a.lt(a), "Tensor.lt.0.forward"),
+        (lambda a: a == a, "Tensor.__eq__.0.forward"),
+        (lambda a: 2 - a, "Tensor.__rsub__.0.forward"),
+        (lambda a: torch.nn.functional.silu(a), "Functional.silu.0.forward"),
+        (lambda a: torch.nn.functional.sigmoid(a), "Functional.sigmoid.0.forward"),
+        (lambda a: torch.nn.functional.linear(a, a), "Functional.linear.0.forward"),
+        (lambda a: torch.linalg.norm(a), "Torch.norm.0.forward"),
+        (lambda a: torch.ops.aten.relu(a), "Aten.relu.0.forward"),
+        (lambda a: torch.ops.aten.relu.default(a), "Aten.relu.0.forward"),
+        (lambda a: a.softmax(-1), "Tensor.softmax.0.forward"),
+    ],
+)
+def test_names(tmp_path, function, name):
+    """Each way of calling has msProbe's name, or that of its operator namespace."""
+    a = torch.ones(2, 2)
+
+    assert list(calls_of(lambda: function(a), tmp_path)) == [name]
+
+
+def test_in_place_operator_has_its_own_name(tmp_path):
+    """`a += b` and `a.add_(b)` are told apart, values before and after are kept."""
+    a = torch.zeros(2)
+
+    def run():
+        nonlocal a
+        a += 1
+        a.add_(1)
+
+    calls = calls_of(run, tmp_path)
+
+    assert list(calls) == ["Tensor.__iadd__.0.forward", "Tensor.add_.0.forward"]
+    befores = [c.input_args[0].rows[0, 0] for c in calls.values()]
+    afters = [c.output[0].rows[0, 0] for c in calls.values()]
+    assert befores == [0.0, 1.0]
+    assert afters == [1.0, 2.0]
+
+
+def test_setitem_output_is_the_tensor_written(tmp_path):
+    """What __setitem__ wrote is an output behind the null it returned."""
+    a = torch.zeros(3)
+
+    def run():
+        a[1] = 5.0
+
+    (call,) = calls_of(run, tmp_path).values()
+
+    assert call.output[0] is None
+    assert call.output[1].rows[0, 0] == 5.0
+    assert call.input_args[0].rows[0, 0] == 0.0
+
+
+def test_getters_views_and_unlisted_calls_leave_no_row(tmp_path):
+    """Attributes, indexing and functions that are not listed are passed through."""
+    a = torch.ones(2, 2)
+
+    def run():
+        assert a.shape == (2, 2)
+        assert a.dtype == torch.float32
+        a[0, 0].item()
+        torch.zeros(3)
+
+    assert calls_of(run, tmp_path) == {}
+
+
+def test_low_risk_calls_need_risk_level_all(tmp_path):
+    """View-like calls are recorded at ALL, and CORE keeps the heavy ones."""
+    a = torch.ones(2, 2)
+
+    def run():
+        a.reshape(4)
+        torch.nn.functional.linear(a, a)
+        a.exp()
+
+    assert [n.split(".")[1] for n in calls_of(run, tmp_path, risk_level="ALL")] == [
+        "reshape",
+        "linear",
+        "exp",
+    ]
+    assert [n.split(".")[1] for n in calls_of(run, tmp_path)] == ["linear", "exp"]
+    assert [n.split(".")[1] for n in calls_of(run, tmp_path, risk_level="CORE")] == [
+        "linear"
+    ]
+
+
+def test_list_switches_risk_level_off(tmp_path):
+    """With a list the risk level plays no part, as in msProbe."""
+    a = torch.ones(2, 2)
+
+    assert list(calls_of(lambda: a.reshape(4), tmp_path, names=("reshape",))) == [
+        "Tensor.reshape.0.forward"
+    ]
+
+
+def test_nested_listed_calls_count_once(tmp_path):
+    """Only the outermost recorded function leaves a row."""
+    a = torch.ones(2, 2)
+
+    names = list(calls_of(lambda: torch.nn.functional.softplus(a).sum(), tmp_path))
+
+    assert names == ["Functional.softplus.0.forward", "Tensor.sum.0.forward"]
+
+
+def test_memory_nobody_wrote_is_undefined(tmp_path):
+    """What torch.empty gave is undefined until somebody writes it."""
+
+    def run():
+        a = torch.empty(4)
+        a.add(1)
+        a.fill_(2)
+        a.add(1)
+
+    calls = calls_of(run, tmp_path)
+
+    roles = {name: call.input_args[0].role for name, call in calls.items()}
+    assert roles == {
+        "Tensor.add.0.forward": "undefined",
+        "Tensor.fill_.0.forward": "undefined",
+        "Tensor.add.1.forward": "read",
+    }
+    assert calls["Tensor.fill_.0.forward"].output[0].role == "read"
+
+
+def test_writes_by_unlisted_methods_define_memory(tmp_path):
+    """copy_ is not recorded, but what it wrote is defined."""
+
+    def run():
+        a = torch.empty(4)
+        a.copy_(torch.ones(4))
+        a.add(1)
+
+    (call,) = calls_of(run, tmp_path).values()
+
+    assert call.input_args[0].role == "read"
+
+
+def test_views_share_the_fate_of_their_memory(tmp_path):
+    """A view of memory nobody wrote is undefined too, and writing it defines all."""
+
+    def run():
+        a = torch.empty(4, 2)
+        a.view(8).add(1)
+        a[1:].zero_()
+        a.add(1)
+
+    calls = calls_of(run, tmp_path)
+
+    assert calls["Tensor.add.0.forward"].input_args[0].role == "undefined"
+    assert calls["Tensor.add.1.forward"].input_args[0].role == "read"
+
+
+def test_out_argument_is_undefined_before_and_an_output_after(tmp_path):
+    """What `out=` held before is never judged."""
+    a, out = torch.ones(2), torch.zeros(2)
+
+    (call,) = calls_of(lambda: torch.add(a, a, out=out), tmp_path).values()
+
+    assert call.input_kwargs["out"].role == "undefined"
+    assert call.output[0].rows[0, 0] == 2.0
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Operators of our own with marked and unmarked writes and handles."""
+    lib = torch.library.Library("msprobe_test", "DEF")
+    lib.define("marked(Tensor(a!) out, Tensor x) -> ()")
+    lib.define("silent(Tensor out, Tensor x) -> ()")
+    lib.define("handled(Tensor x, Tensor handler_tensor, Tensor key_cache) -> Tensor")
+
+    def write(out, x):
+        out.copy_(x)
+
+    for name in ("marked", "silent"):
+        lib.impl(name, write, "CPU")
+    lib.impl("handled", lambda x, *_: x + 1, "CPU")
+    yield torch.ops.msprobe_test
+    lib._destroy()
+
+
+@pytest.mark.parametrize("name", ["marked", "silent"])
+def test_written_arguments_are_outputs(tmp_path, library, name):
+    """An operator's marked writes are outputs; one that marks nothing writes all."""
+    out, x = torch.zeros(2), torch.full((2,), 3.0)
+
+    (call,) = calls_of(lambda: getattr(library, name)(out, x), tmp_path).values()
+
+    assert call.output[0] is None
+    assert call.input_args[0].rows[0, 0] == 0.0
+    assert call.output[1].rows[0, 0] == 3.0
+    assert len(call.output) == (2 if name == "marked" else 3)
+
+
+def test_handles_and_caches_are_opaque(tmp_path, library):
+    """Arguments named as handles and KV caches are never judged."""
+    a = torch.ones(2)
+
+    (call,) = calls_of(lambda: library.handled(a, a, a), tmp_path).values()
+
+    assert [value.role for value in call.input_args] == ["read", "opaque", "opaque"]
+    assert call.name == "Msprobe_test.handled.0.forward"
+
+
+def test_namespaces_of_the_configuration_keep_msprobes_prefix(tmp_path, library):
+    """custom_op_namespaces writes the namespace as it is."""
+    a = torch.ones(2)
+
+    names = calls_of(
+        lambda: library.handled(a, a, a),
+        tmp_path,
+        custom_op_namespaces=("msprobe_test",),
+    )
+
+    assert list(names) == ["msprobe_test.handled.0.forward"]
+
+
+def test_a_users_list_adds_and_removes(tmp_path):
+    """Removing an API stops its rows, adding one starts them."""
+    path = tmp_path / "ops.yaml"
+    path.write_text("tensor:\n  - exp\ntorch:\n  - zeros_like\n")
+    a = torch.ones(2)
+
+    def run():
+        a.exp()
+        a + 1
+        torch.zeros_like(a)
+
+    names = calls_of(
+        run, tmp_path, support_wrap_ops=str(path), risk_level="ALL", names=("",)
+    )
+
+    assert list(names) == ["Tensor.exp.0.forward", "Torch.zeros_like.0.forward"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a", "expected groups"),
+        ("tensor: exp", "tensor: expected a list"),
+        ("nonsense_group: [a]", "expected one of functional"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_lists_are_refused(tmp_path, text, expected):
+    """A list of another form is one line that names the file."""
+    path = tmp_path / "ops.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError, match=expected) as caught:
+        read_op_list(path)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_packaged_list_has_the_documented_names():
+    """The packaged list holds as many names a group as msProbe documents."""
+    counts = {group: len(names) for group, names in read_op_list(None).items()}
+
+    assert counts == {
+        "functional": 126,
+        "tensor": 491,
+        "torch": 506,
+        "_VF": 1,
+        "distributed": 18,
+    }
+
+
+def test_every_operator_is_known():
+    """For each Python operator the function that a mode sees has been found."""
+    names = {name for names in operator_functions().values() for name in names}
+
+    assert {"__add__", "__matmul__", "__iadd__", "__lt__", "__and__"} <= names
+
+
+def test_table_survives_functions_of_any_kind(tmp_path):
+    """Lookups never raise, whatever a mode is called with."""
+    collector = Collector(DebuggerConfig(level="L1"))
+    table = FunctionTable(collector, read_op_list(None), ())
+
+    for thing in (len, torch.Tensor.shape.__get__, torch.ops.aten.add, lambda: None):
+        assert table.lookup(thing) is not None
+
+
+def test_own_statistics_are_never_recorded(tmp_path):
+    """What the tool computes itself leaves no rows: a tensor without a kernel."""
+    z = torch.complex(torch.ones(3), torch.ones(3))
+
+    calls = calls_of(lambda: z.exp(), tmp_path, model=Model(), level="mix")
+
+    assert list(calls) == ["Tensor.exp.0.forward"]
+
+
+def test_other_threads_are_not_recorded(tmp_path):
+    """A mode sees its own thread only."""
+    a = torch.ones(2)
+
+    def run():
+        thread = threading.Thread(target=lambda: a.exp())
+        thread.start()
+        thread.join()
+
+    assert calls_of(run, tmp_path) == {}
