@@ -485,7 +485,8 @@ def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
         tensor: Any strided dtype; CUDA tensors are copied first.
         summary_mode: `md5` or `xor`.
     """
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+    is_odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    if is_odd or tensor.layout is not torch.strided:
         return None
     plain = tensor.detach().resolve_conj().resolve_neg()
     flat = plain.cpu().contiguous().reshape(-1)

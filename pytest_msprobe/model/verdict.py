@@ -103,7 +103,7 @@ class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
     token: int | None = None
 
 
-class Verdict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     """The judgement of one test on one rank.
 
     Attributes:

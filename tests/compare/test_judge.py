@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts: what passes, what fails, and what the verdict says."""
+
+import json
+import time
+
+import captures
+import msgspec
+import numpy as np
+import pytest
+from captures import OTHER_KEY, Network, capture, module, request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.model.limits import ROW_METRICS, Rule
+from pytest_msprobe.model.verdict import Verdict
+from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
+
+NETWORK = Network()
+
+
+def verdict_of(golden, candidate, *rules, **options):
+    """The verdict on a candidate."""
+    return judge(golden, candidate, rules, **options).verdict
+
+
+def single(array, **header):
+    """A capture of one module with one output."""
+    return capture([(module("m"), 0, {}, {"output.0": array})], **header)
+
+
+def test_equal_captures_pass():
+    """The same numbers are a pass, every row bit-identical."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run())
+
+    assert verdict.status == "pass"
+    assert verdict.judged == verdict.equal == 12
+    assert verdict.divergence is None
+
+
+def test_small_changes_within_limits_are_green():
+    """Other bits within the limits are reported as changed."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after="a", factor=1 + 1e-5))
+
+    assert verdict.status == "changed"
+    assert verdict.is_green
+    assert verdict.equal < verdict.judged
+
+
+@pytest.mark.parametrize("after", ["a", "b.x", "b.y", "c"])
+def test_faults_of_leaves_are_named(after):
+    """The first module whose inputs agree while an output does not is the origin."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after=after))
+
+    assert verdict.status == "fail"
+    assert (verdict.divergence.kind, verdict.divergence.module) == ("origin", after)
+    assert verdict.divergence.finding.row.slot == "output.0"
+
+
+@pytest.mark.parametrize("inside", ["b", "model"])
+def test_faults_of_a_parents_own_code_are_named(inside):
+    """A child whose input differs although nothing before it did accuses its parent."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(inside=inside))
+
+    assert verdict.divergence.module == inside
+    assert verdict.divergence.between.startswith("Module.b.")
+
+
+@pytest.mark.parametrize("after", ["b", "model"])
+def test_faults_behind_the_last_child_are_named(after):
+    """A parent whose output differs while no child's does is the origin."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after=after))
+
+    assert verdict.divergence.module == after
+
+
+def test_other_inputs_of_the_model_are_no_modules_fault():
+    """Where the model's inputs differ no module is accused."""
+    other = Network(seed=0)
+    other.start = other.start * 1.1
+
+    verdict = verdict_of(NETWORK.run(), other.run())
+
+    assert verdict.divergence.kind == "inputs"
+    assert verdict.divergence.module == ""
+
+
+def test_growth_below_three_is_drift():
+    """A leaf that only amplifies an error within limits is no origin."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4, 32))
+    d = rng.standard_normal((4, 32))
+
+    def chain(errors):
+        arrays = [x + d * e for e in (0.0, *errors)]
+        calls = [
+            (module(n), 0, {"input_args.0": arrays[i]}, {"output.0": arrays[i + 1]})
+            for i, n in enumerate("abc")
+        ]
+        return capture(calls)
+
+    verdict = verdict_of(chain((0, 0, 0)), chain((2e-4, 7e-4, 1.5e-3)))
+
+    assert verdict.divergence.kind == "drift"
+    assert verdict.divergence.module == "c"
+
+
+@pytest.mark.parametrize("segment", ["0.first", "0.prompt", "0.g1"])
+def test_each_segment_is_judged(segment):
+    """An error in one segment is seen whatever the others hold."""
+    x = np.random.default_rng(0).standard_normal((3, 16))
+
+    def make(value):
+        arrays = [
+            (s, x * (100 if s == "0.first" else 1))
+            for s in ("0.first", "0.prompt", "0.g1")
+        ]
+        changed = [(s, a * value if s == segment else a) for s, a in arrays]
+        return capture([(module("m"), 0, {}, {"output.0": changed})])
+
+    verdict = verdict_of(make(1), make(1.01))
+
+    assert [f.row.segment for f in verdict.worst] == [segment]
+
+
+PLANTS = {
+    "swapped heads": lambda x: np.concatenate([x[:, 16:], x[:, :16]], axis=1),
+    "swapped rows": lambda x: x[[1, 0, *range(2, len(x))]],
+    "one element": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 40, 3.0, x),
+    "shift": lambda x: x + 0.02,
+    "scale": lambda x: x * 1.01,
+    "sign": lambda x: -x,
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_kinds_of_difference_are_seen(plant):
+    """Permutations, single elements, shifts, scales and signs fail."""
+    x = np.random.default_rng(3).standard_normal((8, 32))
+
+    verdict = verdict_of(single(x), single(PLANTS[plant](x)))
+
+    assert verdict.status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("golden", "candidate", "metric"),
+    [
+        ([1.0, 2.0], [1.0, float("nan")], "nonfinite"),
+        ([1.0, float("nan")], [1.0, 2.0], "nonfinite"),
+        ([1.0, float("inf")], [1.0, float("-inf")], "nonfinite"),
+        ([1.0, 2.0], [[1.0, 2.0]], "shape"),
+        ([1, 2], [1, 3], "checksum"),
+        ([1, 2], [1.0, 2.0], "dtype"),
+    ],
+)
+def test_what_no_tolerance_allows(golden, candidate, metric):
+    """NaN counts, shapes, dtypes and integers must be equal, whatever the limits."""
+    generous = Rule("test", limits=dict.fromkeys(ROW_METRICS, 1e9))
+
+    verdict = verdict_of(
+        single(np.array(golden)), single(np.array(candidate)), generous
+    )
+
+    assert verdict.status == "fail"
+    assert verdict.worst[0].metric == metric
+    assert verdict.worst[0].detail
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_nan_in_both_does_not_hide_a_difference(special):
+    """Rows with the same non-finite elements are judged by their finite ones."""
+    x = np.array([[1.0, 2.0, special, 4.0]])
+    y = x.copy()
+    y[0, 3] = 4.5
+
+    assert verdict_of(single(x), single(x)).status == "pass"
+    assert verdict_of(single(x), single(y)).status == "fail"
+
+
+def test_zeros_that_are_no_longer_zero_fail():
+    """Nothing divides by almost zero: a golden of zeros allows no change."""
+    verdict = verdict_of(single(np.zeros((2, 4))), single(np.full((2, 4), 1e-9)))
+
+    assert verdict.status == "fail"
+    assert verdict.worst[0].ratio == "inf"
+
+
+def test_missing_rows_fail():
+    """A row, call or step of the golden that is not there is a failure."""
+    golden = NETWORK.run()
+    candidate = NETWORK.run()
+    del candidate.entries[3]
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.status == "fail"
+    assert verdict.missing == 2
+    assert "Module.b.y" in verdict.missing_rows[0]
+
+
+def test_new_rows_are_counted_and_green():
+    """A row that the golden lacks is reported and not judged."""
+    golden = NETWORK.run()
+    del golden.entries[3]
+
+    verdict = verdict_of(golden, NETWORK.run())
+
+    assert verdict.is_green
+    assert verdict.extra == 2
+
+
+def test_no_common_row_is_never_a_pass():
+    """If nothing could be judged, the verdict is red."""
+    other = capture([(module("z"), 0, {}, {"output.0": np.ones((2, 2))})])
+    empty = capture([])
+
+    assert verdict_of(empty, other).status == "fail"
+    assert verdict_of(NETWORK.run(), other).status == "fail"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signature": {**captures.SIGNATURE, "level": "mix"}},
+        {"signature": {"level": "L0", "model": {"dtype": "float32"}}},
+        {"world": 2},
+        {"requests": [request(prompt_sha256="bb")]},
+        {"requests": []},
+        {"requests": [request(), request(label=1)]},
+    ],
+)
+def test_other_signatures_are_incomparable(change):
+    """Another level, model, number of ranks or prompt is no regression."""
+    header = {"requests": [request()], **change}
+
+    verdict = verdict_of(NETWORK.run(requests=[request()]), NETWORK.run(**header))
+
+    assert verdict.status == "incomparable"
+    assert verdict.reasons
+    assert not verdict.is_green
+
+
+def test_provenance_is_reported_and_never_judged():
+    """Another version or thread count shows among the changes."""
+    verdict = verdict_of(
+        NETWORK.run(provenance={"torch": "1", "same": 1}),
+        NETWORK.run(provenance={"torch": "2", "same": 1}),
+    )
+
+    assert verdict.status == "pass"
+    assert verdict.changes == [("torch", "1", "2")]
+
+
+def test_another_key_judges_module_outputs_with_its_own_limits():
+    """Across keys inputs and APIs do not count, and the verdict says so."""
+    calls = [
+        ("Functional.linear.0.forward", 1, {}, {"output.0": np.ones((2, 4))}),
+        (
+            module("m"),
+            0,
+            {"input_args.0": np.ones((2, 4))},
+            {"output.0": np.ones((2, 4))},
+        ),
+    ]
+    golden = capture(calls, key=OTHER_KEY)
+    candidate = capture(
+        [
+            ("Functional.linear.0.forward", 1, {}, {"output.0": np.ones((2, 4)) * 3}),
+            (module("m"), 0, {"input_args.0": np.ones((2, 4)) * 3},
+             {"output.0": np.ones((2, 4)) * 1.005}),
+        ]
+    )  # fmt: skip
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.mode == "cross"
+    assert verdict.judged == 1
+    assert verdict.status == "changed"
+    assert OTHER_KEY in verdict.notes[0]
+
+
+def test_rescheduled_captures_have_wider_limits():
+    """With another batching rows without a token dimension do not count."""
+    x = np.random.default_rng(0).standard_normal((4, 16))
+    calls = [(module("m"), 0, {}, {"output.0": x, "output.1": [("", x)]})]
+    golden, candidate = capture(calls), capture(calls)
+    moved = [(module("m"), 0, {}, {"output.0": x * 1.005, "output.1": [("", x * 9)]})]
+    candidate = capture(moved)
+    candidate.entries[0].requests = [(0, 2, 0)]
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.status == "changed"
+    assert "batched or chunked differently" in verdict.notes[0]
+
+
+def test_log_probabilities_alone_fail():
+    """Rows within limits do not save a log-probability that moved too far."""
+    verdict = verdict_of(
+        NETWORK.run(requests=[request()]),
+        NETWORK.run(requests=[request(logprobs=(-0.1, -0.3))]),
+    )
+
+    assert verdict.status == "fail"
+    assert verdict.tokens.at == (0, 1)
+    assert verdict.tokens.largest == pytest.approx(0.1)
+
+
+def test_rows_behind_a_flipped_token_are_not_judged():
+    """Decode is judged up to the first other token, and the verdict says so."""
+    x = np.ones((2, 4))
+
+    def make(value, tokens):
+        outputs = [("0.prompt", x), ("0.g1", x), ("0.g2", x * value)]
+        return capture(
+            [(module("m"), 0, {}, {"output.0": outputs})],
+            requests=[request(tokens, (-0.7, -0.7, -0.7))],
+        )
+
+    golden, candidate = make(1, (5, 6, 7)), make(3, (5, 9, 1))
+    candidate.header.requests[0].top[1] = [(9, -0.7), (6, -0.7)]
+    golden.header.requests[0].top[1] = [(6, -0.7), (9, -0.7)]
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.tokens.flipped == (0, 1)
+    assert verdict.unjudged == 1
+    assert verdict.is_green
+    assert "first other token" in verdict.notes[0]
+
+
+def test_rules_have_an_order_and_an_origin():
+    """A later rule wins, and every failing row names the rule it broke."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="b.x", factor=1.01)
+    loose = Rule("a.yaml:1", limits=dict.fromkeys(ROW_METRICS, 0.5))
+    strict = Rule("a.yaml:2", rows="*b.x*output*", limits={"norm": 1e-6})
+
+    verdict = verdict_of(golden, candidate, loose, strict)
+
+    assert verdict.failed == 1
+    assert verdict.worst[0].rule == "a.yaml:2"
+    assert verdict.worst[0].metric == "norm"
+    assert verdict_of(golden, candidate, strict, loose).is_green
+
+
+def test_rules_for_the_other_key_do_not_apply():
+    """A rule of mode cross leaves a same-key judgement alone."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="c", factor=1.1)
+    rule = Rule("r", mode="cross", limits=dict.fromkeys(ROW_METRICS, 9.0))
+
+    assert verdict_of(golden, candidate, rule).status == "fail"
+    assert verdict_of(golden, candidate, rule, mode="cross").is_green
+
+
+def test_ignored_rows_are_not_judged():
+    """Ignore takes rows out, the others still count."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="c", factor=1.1)
+
+    ignored = [Rule("r", rows=f"Module.{n}.*", ignore=True) for n in ("c", "model")]
+
+    assert verdict_of(golden, candidate, *ignored).is_green
+    assert verdict_of(
+        golden, candidate, Rule("r", rows="Module.a.*", ignore=True)
+    ).failed
+
+
+def test_exact_rows_need_equal_checksums():
+    """Exact fails on other bits, however small the difference."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="c", factor=1 + 1e-6)
+
+    verdict = verdict_of(golden, candidate, Rule("r", rows="Module.c.*", exact=True))
+
+    assert verdict.status == "fail"
+    assert verdict.worst[0].metric == "checksum"
+
+
+def test_unmatched_rules_are_returned():
+    """A glob that matches no row is handed to the session."""
+    rule = Rule("x:1", rows="Module.nothing*", ignore=True)
+
+    judgement = judge(NETWORK.run(), NETWORK.run(), [rule])
+
+    assert judgement.unmatched == [rule]
+
+
+def test_changed_weights_come_first():
+    """Where fingerprints differ, the first module that owns one is named."""
+    golden = NETWORK.run(weights={"a": {"a.weight": "1"}, "c": {"c.weight": "1"}})
+    candidate = NETWORK.run(
+        after="c", weights={"a": {"a.weight": "1"}, "c": {"c.weight": "2"}}
+    )
+
+    divergence = verdict_of(golden, candidate).divergence
+
+    assert (divergence.kind, divergence.module) == ("weights", "c")
+    assert divergence.parameter == "c.weight"
+
+
+def test_apis_keep_their_place_when_one_is_added():
+    """One operator more in one module does not shift the rows of the others."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 4, 8))
+
+    def make(*, has_more):
+        inner = [("Tensor.mul.0.forward", 1, {}, {"output.0": x})]
+        if has_more:
+            inner.append(("Tensor.mul.1.forward", 1, {}, {"output.0": x * 5}))
+        number = len(inner)
+        return capture(
+            [
+                *inner,
+                (module("a"), 0, {}, {"output.0": x}),
+                (f"Tensor.mul.{number}.forward", 1, {}, {"output.0": y}),
+                (module("b"), 0, {}, {"output.0": y}),
+            ]
+        )
+
+    verdict = verdict_of(make(has_more=False), make(has_more=True))
+
+    assert verdict.is_green
+    assert (verdict.extra, verdict.missing) == (1, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(2e-3, 0.3), st.integers(0, 50))
+def test_the_ratio_tells_the_tolerance_that_would_pass(size, seed):
+    """A limit at the observed value passes, 0.99 of it fails."""
+    network = Network(seed)
+    golden, candidate = network.run(), network.run(after="c", factor=1 + size)
+    finding = verdict_of(golden, candidate).worst[0]
+    floor = STORAGE_FLOOR if finding.metric == "rel_l2" else 0.0
+    everything = {m: 9.0 for m in ROW_METRICS if m != finding.metric}
+
+    def rule(share):
+        limit = finding.observed * share - floor
+        return Rule("r", limits={**everything, finding.metric: max(limit, 0.0)})
+
+    assert verdict_of(golden, candidate, rule(1.0001)).is_green
+    assert not verdict_of(golden, candidate, rule(0.99)).is_green
+
+
+def test_a_verdict_survives_json():
+    """A verdict is data: it is read back as it was written."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after="b.x"))
+
+    encoded = msgspec.json.encode(verdict)
+
+    assert msgspec.json.decode(encoded, type=Verdict) == verdict
+    assert json.loads(encoded)["divergence"]["module"] == "b.x"
+
+
+def test_many_rows_are_judged_quickly():
+    """1e5 rows with other checksums are judged in about a second, without torch."""
+    rng = np.random.default_rng(0)
+    line = captures.tensor_line(0, rng.standard_normal((2, 64)))
+    other = captures.tensor_line(0, rng.standard_normal((2, 64)))
+    golden, candidate = capture([]), capture([])
+    for side, tensor in ((golden, line), (candidate, other)):
+        side.tensors[0] = tensor
+        for number in range(100_000):
+            name = module("m", number=number)
+            side.entries.append(captures.CallLine(name, 0, {}, {"output.0": [0]}))
+
+    start = time.perf_counter()
+    verdict = verdict_of(golden, candidate)
+    seconds = time.perf_counter() - start
+
+    assert verdict.failed == 100_000
+    assert seconds < 30

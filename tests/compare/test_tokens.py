@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated tokens and their log-probabilities."""
+
+import math
+
+import pytest
+from captures import request
+
+from pytest_msprobe.compare.tokens import compare_tokens, positions_behind_flips
+
+
+def difference(golden, candidate, allowed=0.01):
+    """The comparison of one request."""
+    return compare_tokens([golden], [candidate], allowed)
+
+
+def test_equal_tokens_have_no_difference():
+    """The same tokens and log-probabilities differ by nothing."""
+    found = difference(request(), request())
+
+    assert (found.largest, found.flipped, found.compared) == (0.0, None, 2)
+
+
+def test_the_greatest_difference_and_where():
+    """The greatest difference is taken at the golden's token."""
+    found = difference(request(), request(logprobs=(-0.15, -0.5)))
+
+    assert found.largest == pytest.approx(0.3)
+    assert found.at == (0, 1)
+
+
+def test_tokens_behind_a_flip_do_not_count():
+    """What was generated from another token is not compared."""
+    golden = request((5, 6, 7), (-0.1, -0.1, -0.1))
+    candidate = request((5, 9, 1), (-0.1, -0.1, -4.0))
+
+    found = difference(golden, candidate)
+
+    assert found.compared == 2
+    assert found.flipped == (0, 1)
+    assert (found.golden_token, found.token) == (6, 9)
+    assert positions_behind_flips([golden], [candidate]) == {0: 1}
+
+
+def test_a_flip_with_a_clear_lead_moves_one_of_the_two():
+    """A flip with a lead is a difference although the golden's token stayed."""
+    golden = request((5,), (-0.1,))
+    candidate = request((6,), (-0.05,))
+    candidate.top[0] = [(6, -0.05), (5, -0.1)]
+
+    found = difference(golden, candidate)
+
+    assert found.largest == pytest.approx(2.1 - 0.05)
+
+
+def test_a_near_tie_may_flip():
+    """Where the golden had no lead, a flip is within the tolerance."""
+    golden, candidate = request((5,), (-0.700,)), request((6,), (-0.699,))
+    golden.top[0] = [(5, -0.700), (6, -0.701)]
+    candidate.top[0] = [(6, -0.699), (5, -0.702)]
+
+    found = difference(golden, candidate)
+
+    assert found.largest == pytest.approx(0.002)
+    assert found.flipped == (0, 0)
+
+
+def test_a_token_that_left_the_best_gives_a_bound():
+    """A token outside the candidate's best is 'at least' that far away."""
+    golden, candidate = request((5,), (-0.1,)), request((50,), (-0.2,))
+    golden.top[0] = [(5, -0.1), (50, -0.21)]
+
+    found = difference(golden, candidate)
+
+    assert found.is_at_least
+    assert found.largest == pytest.approx(-0.1 - (-3.2))
+
+
+def test_one_side_that_ends_early_is_a_flip():
+    """Another number of tokens is reported where one side ends."""
+    found = difference(request((5, 6), (-0.1, -0.1)), request((5,), (-0.1,)))
+
+    assert found.flipped == (0, 1)
+    assert found.token is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("nan", "nan", 0.0),
+        ("-inf", "-inf", 0.0),
+        ("nan", -0.1, "inf"),
+        (-0.1, "-inf", "inf"),
+    ],
+)
+def test_nonfinite_log_probabilities(old, new, expected):
+    """NaN equals NaN, and anything else against it is infinitely far."""
+    golden = request((5,), (-0.1,), top=[[(5, old)]])
+    candidate = request((5,), (-0.1,), top=[[(5, new)]])
+    golden.logprobs, candidate.logprobs = [old], [new]
+
+    assert difference(golden, candidate).largest == expected
+
+
+def test_requests_are_paired_by_label():
+    """Each request is compared with the one of its label."""
+    golden = [request((5,), (-0.1,)), request((7,), (-0.2,), label=1)]
+    candidate = [golden[1], golden[0]]
+
+    found = compare_tokens(golden, candidate, 0.01)
+
+    assert found.compared == 2
+    assert not math.isnan(found.largest)
+    assert found.largest == 0.0
