@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options and usage errors: one line, exit code 4, no traceback."""
+
+import pytest
+
+USER = """
+def test_a(msprobe):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def outside_ci(monkeypatch):
+    """The children of these tests do not run in CI."""
+    monkeypatch.delenv("CI", raising=False)
+
+
+def run(pytester, *arguments, config="capture: {level: L0}\n", test=USER):
+    """Runs pytest on a project with one test."""
+    pytester.makepyfile(test_project=test)
+    if config is not None:
+        pytester.path.joinpath("msprobe.yaml").write_text(config)
+    return pytester.runpytest_subprocess(*arguments)
+
+
+def assert_usage_error(result, *phrases):
+    """Exit code 4, one error line with these phrases, no traceback."""
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    text = result.stderr.str() + result.stdout.str()
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("ERROR:")]
+    assert len(lines) == 1, text
+    for phrase in phrases:
+        assert phrase in lines[0]
+
+
+def test_fixture_without_configuration_is_a_usage_error(pytester):
+    """A test that asks for a fixture and no configuration is never a silent pass."""
+    result = run(pytester, config=None)
+
+    assert_usage_error(result, "test_project.py::test_a", "--msprobe-config FILE")
+
+
+def test_missing_configuration_file(pytester):
+    """A file that is not there is named."""
+    assert_usage_error(
+        run(pytester, "--msprobe-config", "no.yaml"), "no.yaml: cannot be read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "phrases"),
+    [
+        ("capture: {levle: L0}", ["msprobe.yaml:1: capture.levle", "'level'"]),
+        ("a: 1\na: 2", ["msprobe.yaml:2: a: duplicate key"]),
+        (
+            "engine: {enforce_eager: false}",
+            ["msprobe.yaml:1", "nothing can be recorded"],
+        ),
+        ("capture: {rank: 3}", ["capture.rank", "expected a list"]),
+    ],
+)
+def test_bad_configuration(pytester, config, phrases):
+    """A wrong key or value is one line with file, line and what was expected."""
+    result = run(pytester, "--msprobe-config", "msprobe.yaml", config=config)
+
+    assert_usage_error(result, *phrases)
+
+
+def test_update_needs_a_configuration(pytester):
+    """Goldens cannot be updated without knowing where they lie."""
+    assert_usage_error(run(pytester, "--msprobe-update"), "needs --msprobe-config")
+
+
+def test_update_mode_must_be_known(pytester):
+    """Another mode is refused, with the known ones."""
+    result = run(pytester, "--msprobe-config", "msprobe.yaml", "--msprobe-update=some")
+
+    assert_usage_error(result, "new, failing, all")
+
+
+def test_update_is_refused_in_ci(pytester, monkeypatch):
+    """With CI set, an update is a usage error."""
+    monkeypatch.setenv("CI", "true")
+
+    result = run(pytester, "--msprobe-config", "msprobe.yaml", "--msprobe-update=new")
+
+    assert_usage_error(result, "not written where CI is set")
+
+
+def test_engine_fixture_needs_a_model(pytester):
+    """msprobe_engine without engine.model says where to name one."""
+    result = run(
+        pytester,
+        "--msprobe-config",
+        "msprobe.yaml",
+        test="def test_a(msprobe_engine):\n    pass\n",
+    )
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*engine: model: not set*"])
+    assert "Traceback" not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("marker", "phrase"),
+    [
+        ("level='L9'", "expected one of"),
+        ("nonsense=1", "nonsense: unknown key"),
+        ("engine=3", "engine: expected a dict"),
+        ("decode_steps=-1", "decode_steps -1"),
+        ("tolerances={'rel_l3': 1}", "rel_l3: unknown metric"),
+        ("tolerances={'max': -1}", "max: expected a number"),
+        ("'L0'", "expected keyword arguments"),
+        ("engine={'enforce_eager': False}", "nothing can be recorded"),
+    ],
+)
+def test_bad_markers(pytester, marker, phrase):
+    """A wrong marker is reported in one line with the test's name."""
+    result = run(
+        pytester,
+        "--msprobe-config",
+        "msprobe.yaml",
+        test=(
+            "import pytest\n"
+            f"@pytest.mark.msprobe({marker})\n"
+            "def test_a(msprobe_engine):\n    pass\n"
+        ),
+        config="engine: {model: x}\n",
+    )
+
+    text = result.stdout.str() + result.stderr.str()
+    assert result.ret in (1, 4)
+    assert phrase in text
+    assert "Traceback" not in text
+
+
+def test_check_without_capture_fails(pytester):
+    """A test that checks what it never captured fails."""
+    result = run(
+        pytester,
+        "--msprobe-config",
+        "msprobe.yaml",
+        test="def test_a(msprobe):\n    msprobe.check()\n",
+    )
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*nothing was captured in this test*"])
+
+
+def test_an_own_failure_stays_the_tests_own(pytester):
+    """A test that fails for its own reasons reports its own failure."""
+    result = run(
+        pytester,
+        "--msprobe-config",
+        "msprobe.yaml",
+        test="def test_a(msprobe):\n    assert 1 == 2\n",
+    )
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*assert 1 == 2*"])
+
+
+def test_an_engine_that_listens_to_nobody_is_explained(pytester):
+    """Workers that lack our method give the remedy, not an attribute error."""
+    result = run(
+        pytester,
+        "--msprobe-config",
+        "msprobe.yaml",
+        test="""
+class Engine:
+    def collective_rpc(self, method, args):
+        raise AttributeError(f"no attribute {method!r}")
+
+def test_a(msprobe):
+    with msprobe.capture(Engine()):
+        pass
+""",
+    )
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*do not listen to pytest-msprobe*MSPROBE_ATTACH*"])
+
+
+def test_header_names_the_configuration(pytester):
+    """A run with a configuration says which; others have no line of ours."""
+    result = run(pytester, "--msprobe-config", "msprobe.yaml")
+    result.stdout.fnmatch_lines(["msprobe: *msprobe.yaml"])
+
+    plain = run(pytester, config=None, test="def test_a():\n    pass\n")
+    assert "msprobe:" not in plain.stdout.str()
+    plain.assert_outcomes(passed=1)
+
+
+def test_help_and_markers_are_documented(pytester):
+    """The options and the marker describe themselves."""
+    result = run(pytester, "--help", config=None)
+    result.stdout.fnmatch_lines(["*--msprobe-config=FILE*", "*--msprobe-update*"])
+
+    result = run(pytester, "--markers", config=None)
+    result.stdout.fnmatch_lines(["@pytest.mark.msprobe(level*"])
