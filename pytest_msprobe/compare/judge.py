@@ -258,7 +258,7 @@ class _Errors:
         elif (counts[0] != counts[1]).any():
             texts = [f"{c[0]} NaN, {c[1]} +Inf, {c[2]} -Inf" for c in counts]
             self._fail(i, "nonfinite", f"{texts[0]} became {texts[1]}")
-        elif not old.q:
+        elif len(old.v) == 2:  # noqa: PLR2004 - integers have no sums
             self._fail(i, "checksum", "integers differ")
         elif self._limits.is_exact[i]:
             self._fail(i, "checksum", "exact rows must have equal checksums")

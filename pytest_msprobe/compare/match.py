@@ -196,6 +196,17 @@ def columns_of(tensors: list[TensorLine]) -> Columns:
     )
 
 
+def _single_distance(old: TensorLine, new: TensorLine) -> float:
+    """Distance of two single elements, which have no sketch; NaN for anything else."""
+    values = [line.v[0] for line in (old, new) if len(line.v) == 4]  # noqa: PLR2004
+    if old.s != new.s or np.prod(old.s) != 1 or len(values) != 2:  # noqa: PLR2004
+        return float("nan")
+    a, b = values
+    if a is None or b is None:
+        return 0.0 if a is b else float("nan")
+    return abs(float(a) - float(b))
+
+
 def sketch_distances(
     golden: list[TensorLine], candidate: list[TensorLine]
 ) -> tuple[_F64, _F64]:
@@ -210,6 +221,7 @@ def sketch_distances(
     cosine = np.full(len(golden), np.nan)
     for index, (old, new) in enumerate(zip(golden, candidate, strict=True)):
         if not old.q or not new.q:
+            distance[index] = _single_distance(old, new)
             continue
         a, b = unpack(old.q, old.a), unpack(new.q, new.a)
         if a.size > b.size:

@@ -254,15 +254,22 @@ def tensor_line(
         c=f"{numbers.checksum:016x}",
     )
     if is_sketched(dtype):
-        values.extend((numbers.total, numbers.squares))
+        values.extend((_short(numbers.total), _short(numbers.squares)))
         if numbers.nonfinite:
             line.x = [numbers.nan, numbers.positive_inf, numbers.negative_inf]
         sketch = numbers.sketch if numbers.sketch is not None else np.zeros(64)
+        if numbers.count == 1:
+            return line
         if is_narrow(dtype):
             line.q, line.a = pack_int16(sketch)
         else:
             line.q = pack_float32(sketch)
     return line
+
+
+def _short(value: float | None) -> float | None:
+    """A sum rounded to 8 digits: shorter as text, and far below every limit."""
+    return None if value is None else float(f"{value:.8g}")
 
 
 def _portable(item: object) -> object:

@@ -6,7 +6,7 @@ A golden has the same format (docs/formats.md). The first line is the header; th
 tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMAT - 1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,22 +83,22 @@ class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
         t: Id, referred to by calls.
         d: Code of the element type.
         s: Shape of the segment: of a token- or sample-major tensor its rows only.
-        k: Row class: t (token-major), s (sample-major), n (neither).
+        k: Row class: t (token-major, if absent), s (sample-major), n (neither).
         g: Segment, empty for a whole tensor.
         v: Maximum, minimum and, for float types, sum and sum of squares.
         x: NaN, +Inf and -Inf counts; absent where all are 0.
         c: Checksum, 16 hexadecimal digits.
-        q: Sketch in base 85.
+        q: Sketch in base 85; absent for a single element, which the maximum gives.
         a: Scale of a 16-bit sketch.
     """
 
     t: int
     d: str
     s: list[int]
-    k: str
     g: str
     v: list[float | int | None]
     c: str
+    k: str = "t"
     x: list[int] = []
     q: str = ""
     a: float | None = None
@@ -115,8 +115,9 @@ class CallLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     Attributes:
         c: Name, a shared module named after the parent that called it.
         l: Number of recorded modules around it.
-        i: Ids of the tensors in each input slot.
-        o: Ids of the tensors in each output slot.
+        i: Ids of the tensors in each input slot. In the file the slots are short:
+            `0` is input_args.0, `x` is input_kwargs.x.
+        o: Ids of the tensors in each output slot; `0` is output.0 in the file.
         x: Values of the slots that hold no tensor.
         r: Role of the slots that are not judged: undefined or opaque.
         m: Name in dump.json where it differs.
@@ -184,11 +185,42 @@ def class_code(row_class: str) -> str:
     return _CLASS_CODES[row_class]
 
 
+def _shorten(slot: str) -> str:
+    """A slot as it stands in the file."""
+    for side in ("input_args.", "input_kwargs.", "output."):
+        if slot.startswith(side):
+            return slot[len(side) :]
+    return slot
+
+
+def _lengthen(slot: str, side: str) -> str:
+    """A slot of the file with its side."""
+    if side == "output":
+        return slot if slot == "output" else f"output.{slot}"
+    return f"input_args.{slot}" if slot[:1].isdigit() else f"input_kwargs.{slot}"
+
+
+def _with_slots(call: CallLine, convert: Callable[[str, str], str]) -> CallLine:
+    """A call with the names of its slots converted."""
+
+    def inputs(slots: dict[str, Any]) -> dict[str, Any]:
+        return {convert(slot, "input"): value for slot, value in slots.items()}
+
+    outputs = {convert(slot, "output"): value for slot, value in call.o.items()}
+    return CallLine(
+        call.c, call.l, inputs(call.i), outputs, inputs(call.x), call.r, call.m
+    )
+
+
 def encode(header: Header, lines: Iterable[Line]) -> bytes:
     """The bytes of a capture file, one JSON object a line."""
     encoder = msgspec.json.Encoder()
     parts = [encoder.encode(header)]
-    parts.extend(encoder.encode(line) for line in lines)
+    for line in lines:
+        entry = line
+        if isinstance(line, CallLine):
+            entry = _with_slots(line, lambda slot, _side: _shorten(slot))
+        parts.append(encoder.encode(entry))
     return b"\n".join(parts) + b"\n"
 
 
@@ -254,6 +286,8 @@ def read_capture(path: Path) -> CaptureFile:
             if decoder is None:
                 raise DumpFormatError("unknown kind of line")
             entry = decoder.decode(line)
+            if isinstance(entry, CallLine):
+                entry = _with_slots(entry, _lengthen)
             _add(result, entry)
         except (msgspec.MsgspecError, DumpFormatError) as error:
             message = f"{path}:{number}: {error}"

@@ -86,16 +86,34 @@ def start_engine(arguments: dict[str, Any]) -> Any:
 
 
 def stop_engine(llm: Any) -> None:
-    """Ends an engine with its processes and frees what it held."""
-    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    with contextlib.suppress(Exception):
-        if core is not None:
-            core.shutdown()
-    del core, llm
-    gc.collect()
-    with contextlib.suppress(Exception):
-        from vllm.distributed.parallel_state import (
-            cleanup_dist_env_and_memory,
-        )
+    """Ends an engine with its processes and frees what it held.
 
-        cleanup_dist_env_and_memory()
+    Engines in one process share vLLM's process groups; these are taken down with the
+    last engine only, so that an engine of the user's goes on.
+    """
+    client = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    core = getattr(client, "engine_core", None)
+    with contextlib.suppress(Exception):
+        if core is not None and _has_other_workers(core):
+            # EngineCore.shutdown would take the process groups down, now and when
+            # the client is collected.
+            finalizer = getattr(client, "_finalizer", None)
+            if finalizer is not None:
+                finalizer.detach()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+        elif client is not None:
+            client.shutdown()
+    del client, core, llm
+    gc.collect()
+
+
+def _has_other_workers(core: Any) -> bool:
+    """Whether a worker of another engine lives in this process."""
+    from pytest_msprobe.engine.worker_rpc import live_workers
+
+    wrapper = getattr(core.model_executor, "driver_worker", None)
+    own = getattr(wrapper, "worker", wrapper)
+    workers = live_workers()
+    workers.discard(own)
+    return bool(workers)

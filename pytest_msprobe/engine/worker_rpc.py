@@ -8,6 +8,7 @@ raising RPC leaves stale replies behind) and returns small JSON; data goes to fi
 import json
 import os
 import traceback
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,15 @@ def signature(config: DebuggerConfig, facts: dict[str, Any]) -> dict[str, Any]:
     return {**selection, "model": facts}
 
 
+_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def attach_control(worker: Any) -> None:
     """Gives a worker object the control method."""
     worker.__dict__[METHOD] = WorkerControl(worker).control
+    _WORKERS.add(worker)
+
+
+def live_workers() -> weakref.WeakSet[Any]:
+    """Workers in this process that have the control method, and have not ended."""
+    return _WORKERS

@@ -75,7 +75,8 @@ def _replace(path: Path, content: bytes) -> None:
 def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
     """The golden that a capture becomes.
 
-    Plain values of module arguments are left out, and the name of a call in dump.json.
+    What judging does not need is left out: plain values of module arguments, names of
+    calls in dump.json, roles of slots that are not judged.
 
     Args:
         capture: The capture.
@@ -98,5 +99,5 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
                     written.add(number)
                     lines.append(capture.tensors[number])
         values = entry.x if keeps_values else {}
-        lines.append(CallLine(entry.c, entry.l, entry.i, entry.o, values, entry.r))
+        lines.append(CallLine(entry.c, entry.l, entry.i, entry.o, values))
     return encode(type(header)(**fields), lines)
