@@ -125,9 +125,7 @@ class _Judge:
         verdict.unjudged = int(is_behind.sum())
         verdict.failed = int(failed.sum())
         self._note_missing(pairs, behind)
-        order = np.argsort(-errors.ratio, kind="stable")
-        worst = [int(i) for i in order if failed[i]][:WORST]
-        verdict.worst = [errors.finding(i) for i in worst]
+        verdict.worst = [errors.finding(i) for i in _worst(pairs, errors, failed)]
         self._settle(pairs, errors, is_failing=bool(failed.any()))
         return Judgement(verdict, limits.unmatched, names)
 
@@ -285,6 +283,20 @@ class _Errors:
             ratio,
             self._limits.origin(metric, i),
         )
+
+
+def _worst(pairs: Pairs, errors: _Errors, failed: npt.NDArray[np.bool_]) -> list[int]:
+    """Failing rows to show, worst first: outputs before inputs, each tensor once."""
+    order = [int(i) for i in np.argsort(-errors.ratio, kind="stable") if failed[i]]
+    order.sort(key=lambda i: not is_output(pairs.ids[i]))
+    seen: set[int] = set()
+    shown: list[int] = []
+    for i in order:
+        tensor = pairs.candidate[i].t
+        if tensor not in seen:
+            seen.add(tensor)
+            shown.append(i)
+    return shown[:WORST]
 
 
 def _portable(value: float) -> float | str:

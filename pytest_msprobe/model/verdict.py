@@ -125,7 +125,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         left_out: Slots that cannot be judged, by reason.
         tokens: How the generated tokens moved.
         divergence: Where it began, for a failure.
-        worst: Failing rows, worst first, at most 20.
+        worst: Failing rows, worst first, at most 20: outputs before inputs, each tensor
+            once.
         missing_rows: Names of missing rows, at most 20.
         reasons: Why it is incomparable or failed apart from rows.
         changes: What else made the two captures: name, golden's and candidate's value.
