@@ -3,12 +3,14 @@
 
 A step opens with an execute_model that schedules tokens and closes when its
 sample_tokens returns, when execute_model returns something else than None, or with an
-exception. Only attributes of the instance are replaced, and all are put back.
+exception. Only attributes of the instance are replaced, and all are put back. What
+differs between vLLM's two model runners is in runner_v1.py and runner_v2.py.
 """
 
 import functools
 import sys
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ ALL_STEPS = -1
 _MISSING = object()
 
 
-class Attachment:
+class Attachment(ABC):
     """The recorder's hooks on one model runner.
 
     Attributes:
@@ -65,14 +67,24 @@ class Attachment:
         model = self.runner.get_model()
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
-        self._replace(self.runner, "execute_model", self._execute_model)
+        self.replace(self.runner, "execute_model", self._execute_model)
         if callable(getattr(self.runner, "sample_tokens", None)):
-            self._replace(self.runner, "sample_tokens", self._sample_tokens)
+            self.replace(self.runner, "sample_tokens", self.closing)
         if callable(getattr(model, "compute_logits", None)):
-            self._replace(model, "compute_logits", self._compute_logits)
-        sampler = getattr(self.runner, "sampler", None)
-        if callable(getattr(sampler, "forward", None)):
-            self._replace(sampler, "forward", self._sample)
+            self.replace(model, "compute_logits", self._compute_logits)
+        self.install_own()
+
+    @abstractmethod
+    def install_own(self) -> None:
+        """Puts the hooks on that only this kind of runner has."""
+
+    @abstractmethod
+    def begin_own_step(self) -> None:
+        """A step begins: forgets what the last one left."""
+
+    @abstractmethod
+    def row_order(self) -> Sequence[str] | None:
+        """Ids of the open step's requests in row order; None where unknown."""
 
     def remove(self) -> None:
         """Takes the hooks off, in reverse order."""
@@ -83,9 +95,10 @@ class Attachment:
                 owner.__dict__[name] = original
         self._replaced.clear()
 
-    def _replace(
+    def replace(
         self, owner: Any, name: str, hook: Callable[..., Callable[..., Any]]
     ) -> None:
+        """Replaces a method of an instance until the hooks are taken off."""
         original = getattr(owner, name)
         self._replaced.append((owner, name, owner.__dict__.get(name, _MISSING)))
         owner.__dict__[name] = functools.wraps(original)(hook(original))
@@ -126,8 +139,10 @@ class Attachment:
 
         return execute_model
 
-    def _sample_tokens(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+    def closing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook for the method that ends a step: sample_tokens, or pool."""
+
+        def last(*args: Any, **kwargs: Any) -> Any:
             if not self._is_open:
                 return original(*args, **kwargs)
             try:
@@ -137,7 +152,7 @@ class Attachment:
             finally:
                 self._close()
 
-        return sample_tokens
+        return last
 
     def _compute_logits(self, original: Callable[..., Any]) -> Callable[..., Any]:
         collector = self.recorder.collector
@@ -160,20 +175,20 @@ class Attachment:
 
         return compute_logits
 
-    def _sample(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def note_sampled(self, ids: Any) -> None:
+        """Keeps the ids that a sampler gave.
+
+        Args:
+            ids: (samples, tokens a sample), integers.
+        """
         collector = self.recorder.collector
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            if collector.is_recording:
-                try:
-                    with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-                        self.tokens.note_sampled(output)
-                except Exception as error:  # noqa: BLE001 - never into the model
-                    collector.fail(error)
-            return output
-
-        return forward
+        if not collector.is_recording:
+            return
+        try:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                self.tokens.note_sampled(ids)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
 
     # Steps ---------------------------------------------------------------------
 
@@ -200,6 +215,7 @@ class Attachment:
                 layout_source=self._layout,
                 frame=sys._getframe(2),  # noqa: SLF001 - stacks end at the caller
             )
+            self.begin_own_step()
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
             return False
@@ -212,7 +228,7 @@ class Attachment:
         self._is_open = False
         collector = self.recorder.collector
         try:
-            self.tokens.end_step(self.requests)
+            self.tokens.end_step()
             self.recorder.end_step()
             self.recorded_steps += 1
         except Exception as error:  # noqa: BLE001 - never into the model
@@ -220,8 +236,7 @@ class Attachment:
 
     def _layout(self, padded_tokens: int | None) -> StepLayout | None:
         """Rows of the open step; called once the runner has settled the order."""
-        batch = getattr(self.runner, "input_batch", None)
-        order = getattr(batch, "req_ids", None)
+        order = self.row_order()
         if order is None:
             return None
         return self.requests.layout(list(order), padded_tokens)

@@ -12,16 +12,28 @@ from typing import Any
 import torch
 
 from pytest_msprobe.dump.capture import Request
-from pytest_msprobe.engine.requests import RequestTable
+from pytest_msprobe.engine.requests import KnownRequest, RequestTable
 from pytest_msprobe.model.segments import SampleRow, StepLayout
 
 TOP = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What was sampled in one step, on the device of the logits."""
+
+    samples: tuple[SampleRow, ...]
+    ids: torch.Tensor
+    chosen: torch.Tensor
+    top_ids: torch.Tensor
+    top_values: torch.Tensor
 
 
 @dataclass(slots=True)
 class TokenLog:
     """Tokens of all requests of a capture."""
 
+    _steps: list[_Step] = field(default_factory=list)
     _requests: dict[int, Request] = field(default_factory=dict)
     _rows: torch.Tensor | None = None
     _top: Any = None
@@ -50,42 +62,51 @@ class TokenLog:
         self._top = torch.topk(self._rows, min(TOP, self._rows.shape[1]), dim=-1)
         self._samples = layout.samples
 
-    def note_sampled(self, output: Any) -> None:
-        """Keeps the ids from the sampler's output."""
-        ids = getattr(output, "sampled_token_ids", None)
+    def note_sampled(self, ids: Any) -> None:
+        """Keeps sampled ids, (samples, tokens a sample)."""
         if isinstance(ids, torch.Tensor):
             self._sampled = ids.detach().clone()
 
-    def end_step(self, requests: RequestTable) -> None:
-        """Adds the step's tokens to their requests."""
+    def end_step(self) -> None:
+        """Keeps the step's tokens, on their device until they are asked for."""
         if self._rows is None or self._sampled is None:
             return
         ids = self._sampled.reshape(len(self._sampled), -1)[:, :1].to(torch.int64)
         if len(ids) != len(self._samples):
             return
-        chosen = self._rows.gather(1, ids.to(self._rows.device)).reshape(-1).tolist()
-        top_ids, top_values = self._top.indices.tolist(), self._top.values.tolist()
-        by_label = {known.label: known for known in requests.known.values()}
-        for row, sample in enumerate(self._samples):
+        chosen = self._rows.gather(1, ids.to(self._rows.device))
+        self._steps.append(
+            _Step(self._samples, ids, chosen, self._top.indices, self._top.values)
+        )
+
+    def _add(self, step: _Step, known: dict[int, KnownRequest]) -> None:
+        ids, chosen = step.ids.reshape(-1).tolist(), step.chosen.reshape(-1).tolist()
+        top_ids, top_values = step.top_ids.tolist(), step.top_values.tolist()
+        for row, sample in enumerate(step.samples):
             if not sample.is_defined:
                 continue
-            known = by_label[sample.label]
             request = self._requests.setdefault(
-                sample.label,
-                Request(known.label, known.sha256, known.prompt_tokens),
+                sample.label, _empty_request(known[sample.label])
             )
-            request.tokens.append(int(ids[row, 0]))
+            request.tokens.append(int(ids[row]))
             request.logprobs.append(_portable(chosen[row]))
             pairs = zip(top_ids[row], map(_portable, top_values[row]), strict=True)
             request.top.append([(int(i), v) for i, v in pairs])
 
     def requests(self, table: RequestTable) -> list[Request]:
         """All requests by label, those without a token included."""
+        known = {item.label: item for item in table.known.values()}
+        for step in self._steps:
+            self._add(step, known)
+        self._steps.clear()
         return [
-            self._requests.get(known.label)
-            or Request(known.label, known.sha256, known.prompt_tokens)
-            for known in sorted(table.known.values(), key=lambda item: item.label)
+            self._requests.get(label) or _empty_request(known[label])
+            for label in sorted(known)
         ]
+
+
+def _empty_request(known: KnownRequest) -> Request:
+    return Request(known.label, known.sha256, known.prompt_tokens)
 
 
 def _portable(value: float) -> float | str:

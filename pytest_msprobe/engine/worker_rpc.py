@@ -22,6 +22,7 @@ from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.dump import capture
 from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
+from pytest_msprobe.engine.runners import attachment_for, runner_version
 from pytest_msprobe.engine.weights import weight_fingerprints
 from pytest_msprobe.errors import CaptureError, MsprobeError
 
@@ -69,6 +70,7 @@ class WorkerControl:
         return {
             "rank": current_rank() or 0,
             "runner": type(runner).__name__,
+            "runner_version": runner_version(runner),
             "capturing": attachment is not None,
             "steps": attachment.recorded_steps if attachment else 0,
         }
@@ -86,7 +88,7 @@ class WorkerControl:
             return {"rank": rank, "recording": False}
         self._folder = Path(folder)
         recorder = Recorder(debugger_config, self._folder, rank=rank, is_kept=True)
-        attachment = Attachment(
+        attachment = attachment_for(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
         try:
