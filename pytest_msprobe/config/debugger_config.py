@@ -33,9 +33,10 @@ _KNOWN_ELSEWHERE = {
         "debug": "not supported by this version",
     },
 }
-_UNSUPPORTED = ("load", "dump_enable")
+_UNSUPPORTED = ("load",)
 _UNSUPPORTED_IN_SECTION = ("slice", "request_id", "bench_path", "diff_nums")
 MAX_STEP = 10**6
+DEFAULT_MAX_BYTES = 10 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,10 @@ class DebuggerConfig:
         tensor_list: Substrings of names whose tensors are saved as well.
         data_mode: Directions and sides that are kept.
         summary_mode: Statistics, with a CRC-32 (md5), or a checksum instead (xor).
+        dump_enable: Whether recording is on; None where the file has no such key and
+            is therefore not watched.
+        max_bytes: Recording stops when a rank has written so much. Not a key of
+            msProbe's.
     """
 
     task: Task = "statistics"
@@ -77,6 +82,8 @@ class DebuggerConfig:
     tensor_list: tuple[str, ...] = ()
     data_mode: tuple[str, ...] = ("all",)
     summary_mode: SummaryMode = "statistics"
+    dump_enable: bool | None = None
+    max_bytes: int = DEFAULT_MAX_BYTES
 
     @property
     def has_modules(self) -> bool:
@@ -269,7 +276,10 @@ def parse_debugger_config(
         "tensor_list": section.texts("tensor_list"),
         "data_mode": _check_data_mode(section, section.texts("data_mode", ("all",))),
         "summary_mode": section.choice("summary_mode", SUMMARY_MODES, "statistics"),
+        "max_bytes": _read_max_bytes(general),
     }
+    if general.has("dump_enable"):
+        values["dump_enable"] = general.flag("dump_enable", default=True)
     if task == "structure" and level == "L1":
         values["level"] = "mix"
     return DebuggerConfig(**values)
@@ -285,6 +295,13 @@ def _read_op_list_path(reader: _Reader) -> str | None:
     if not path.is_file():
         raise reader.error("support_wrap_ops", "expected an existing file")
     return str(path)
+
+
+def _read_max_bytes(reader: _Reader) -> int:
+    value = reader.data.get("max_bytes", DEFAULT_MAX_BYTES)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise reader.error("max_bytes", "expected a number of bytes >= 1")
+    return value
 
 
 def _refuse_unsupported(general: _Reader, section: _Reader) -> None:

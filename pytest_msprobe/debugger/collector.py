@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from pytest_msprobe.model.segments import (
     split_samples,
     split_tokens,
 )
+
+if TYPE_CHECKING:
+    from pytest_msprobe.debugger.progress import Progress
 
 LayoutSource = Callable[[int | None], StepLayout | None]
 
@@ -154,6 +157,7 @@ class Collector:
         is_recording: Whether calls are recorded now.
         layout: Rows of the open step, None before the forward or where unknown.
         model_dimensions: Sizes that parameters of the model have.
+        progress: Where the running call is noted, None to note nothing.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
@@ -164,6 +168,7 @@ class Collector:
         self.is_recording = False
         self.layout: StepLayout | None = None
         self.model_dimensions: frozenset[int] = frozenset()
+        self.progress: Progress | None = None
         self._measures = config.task != "structure"
         self._is_plain = not config.saves_tensors and (
             config.summary_mode == "statistics" and self._measures
@@ -209,6 +214,8 @@ class Collector:
             self._key_counts.clear()
             self._stack.clear()
             self.selection.reset()
+        if self.progress is not None:
+            self.progress.begin_step(number)
         self.layout = None
         self.measurer.clear_layout()
         self._layout_source = layout_source
@@ -311,6 +318,8 @@ class Collector:
         parent = stack[-1].name if stack else None
         call = RawCall(site, number, key, len(stack), parent)
         call.phase = self.measurer.phase
+        if self.progress is not None:
+            self.progress.note(call.name)
         if site.is_module:
             stack.append(call)
         return call

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pytest_msprobe.config.debugger_config import DebuggerConfig, parse_debugger_config
 from pytest_msprobe.config.source import Source, read_source
+from pytest_msprobe.config.watch import ConfigWatch
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Models, Recorder
 from pytest_msprobe.errors import CaptureError, ConfigError
@@ -68,10 +68,11 @@ class PrecisionDebugger:
         if self._is_ready:
             return
         try:
-            self.config = _read_config(config_path, task, dump_path, level, step)
+            self._watch = _read_config(config_path, task, dump_path, level, step)
         except ConfigError:
             type(self)._instance = None  # noqa: SLF001 - the class is this one
             raise
+        self.config = self._watch.config
         self.error: BaseException | None = None
         self._recorder: Recorder | None = None
         self._is_recording = False
@@ -118,6 +119,7 @@ class PrecisionDebugger:
                 message = f"token_range {token_range!r}: not supported by this version"
                 raise ConfigError(message, slug="token-range", hint="leave it out")
             self._settle_rank(rank_id)
+            self._look()
             if self._is_recording or not self._is_wanted():
                 return
             recorder = self._get_recorder()
@@ -134,6 +136,7 @@ class PrecisionDebugger:
         with cls._lock:
             self = cls._get()
             self._pause()
+            self._look()
 
     @classmethod
     def step(cls) -> None:
@@ -145,6 +148,7 @@ class PrecisionDebugger:
             self = cls._get()
             self._write_step()
             self._step += 1
+            self._look()
             if not self._is_recording:
                 return
             self._pause()
@@ -187,7 +191,18 @@ class PrecisionDebugger:
             self._is_recording = False
             self._recorder.recording.__exit__(None, None, None)
 
+    def _look(self) -> None:
+        """Takes over a configuration file that has changed (`dump_enable`)."""
+        if self._is_recording or not self._watch.look():
+            return
+        if self._recorder is not None:
+            self._flush()
+            self._recorder = None
+        self.config = self._watch.config
+
     def _is_wanted(self) -> bool:
+        if not self._watch.is_on:
+            return False
         if self.config.rank and self._rank not in self.config.rank:
             return False
         return not self.config.step or self._step in self.config.step
@@ -248,7 +263,7 @@ def _read_config(
     dump_path: str | None,
     level: str | None,
     step: list[int | str] | None,
-) -> DebuggerConfig:
+) -> ConfigWatch:
     source = Source(None, {})
     if config_path is not None:
         given: object = config_path
@@ -256,9 +271,14 @@ def _read_config(
             message = f"config_path {given!r}: expected text"
             raise ConfigError(message, slug="config-path")
         source = read_source(Path(config_path))
-    overrides = {"task": task, "dump_path": dump_path, "level": level, "step": step}
-    config = parse_debugger_config(source, overrides=overrides)
-    if config_path is not None and config.dump_path is None:
+    overrides: dict[str, Any] = {
+        "task": task,
+        "dump_path": dump_path,
+        "level": level,
+        "step": step,
+    }
+    watch = ConfigWatch(source, overrides)
+    if config_path is not None and watch.config.dump_path is None:
         message = f"{config_path}: dump_path: expected the folder of the dump"
         raise ConfigError(message, slug="dump-path")
-    return config
+    return watch

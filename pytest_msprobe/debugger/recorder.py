@@ -74,6 +74,7 @@ class Recorder:
         *,
         rank: int | None,
         is_kept: bool,
+        is_deferred: bool = False,
     ) -> None:
         """Makes a recorder.
 
@@ -81,16 +82,19 @@ class Recorder:
             config: What to record.
             dump_path: Folder of the dump.
             rank: Rank of this process, None where unknown.
-            is_kept: Keep all steps in memory and write them when recording has ended,
-                so that writing does not slow the model; else a thread writes each
-                step when it has ended.
+            is_kept: Keep all steps in memory as well, for `close` to return.
+            is_deferred: Write the steps when recording has ended, so that writing does
+                not slow the model; else a thread writes each step when it has ended,
+                so that what is complete outlives the process.
         """
         self.config = config
         self.collector = Collector(config)
         self.mode: FunctionMode | None = None
         self.recording = Recording(self)
         self._is_kept = is_kept
-        self._kept: list[RawStep] = []
+        self._is_deferred = is_deferred
+        self._deferred: list[RawStep] = []
+        self._kept: list[StepRecord] = []
         self._writer = DumpWriter(
             dump_path,
             rank_name(rank, os.getpid()),
@@ -173,13 +177,19 @@ class Recorder:
         step = self.collector.end_step()
         if step is None:
             return
-        if self._is_kept:
-            self._kept.append(step)
+        if self._is_deferred:
+            self._deferred.append(step)
             return
         try:
-            self._writer.write(partial(materialize, step))
+            self._writer.write(partial(self._make, step))
         except CaptureError as error:
             self.collector.fail(error)
+
+    def _make(self, raw: RawStep) -> StepRecord:
+        step = materialize(raw)
+        if self._is_kept:
+            self._kept.append(step)
+        return step
 
     def close(self) -> list[StepRecord]:
         """Takes the wrappers off, waits for the files, returns the steps kept.
@@ -188,15 +198,15 @@ class Recorder:
             CaptureError: Recording or writing failed.
         """
         self.detach()
-        steps = [materialize(step) for step in self._kept]
-        self._kept.clear()
+        deferred, self._deferred = self._deferred, []
         try:
-            for step in steps:
-                self._writer.write_now(step)
+            for step in deferred:
+                self._writer.write_now(self._make(step))
             self._writer.close()
         except (OSError, CaptureError) as error:
             self.collector.fail(self._writer.error_of(error))
         self.collector.raise_error()
+        steps, self._kept = self._kept, []
         return steps
 
     def backend_reasons(self) -> dict[str, str]:

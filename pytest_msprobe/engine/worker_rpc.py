@@ -87,7 +87,9 @@ class WorkerControl:
         if wanted and rank not in wanted:
             return {"rank": rank, "recording": False}
         self._folder = Path(folder)
-        recorder = Recorder(debugger_config, self._folder, rank=rank, is_kept=True)
+        recorder = Recorder(
+            debugger_config, self._folder, rank=rank, is_kept=True, is_deferred=True
+        )
         attachment = attachment_for(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )

@@ -123,7 +123,8 @@ BAD = [
     ({"statistics": {"data_mode": "all"}}, "data_mode"),
     ({"statistics": {"summary_mode": "sha"}}, "summary_mode"),
     ({"load": {"path": "x"}}, "load"),
-    ({"dump_enable": True}, "dump_enable"),
+    ({"dump_enable": 1}, "dump_enable"),
+    ({"max_bytes": 0}, "max_bytes"),
     ({"statistics": {"slice": [{"dim": 0}]}}, "slice"),
     ({"statistics": {"request_id": "a"}}, "request_id"),
 ]

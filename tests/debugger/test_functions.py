@@ -22,7 +22,7 @@ from pytest_msprobe.errors import ConfigError
 def calls_of(function, tmp_path, model=None, **options):
     """The calls that a function makes, recorded."""
     config = DebuggerConfig(**{"level": "L1", **options})
-    recorder = Recorder(config, tmp_path, rank=0, is_kept=True)
+    recorder = Recorder(config, tmp_path, rank=0, is_kept=True, is_deferred=True)
     recorder.attach(model)
     recorder.begin_step(0)
     try:
