@@ -206,12 +206,19 @@ class _Assembler:
 
 
 def _without_preparation(step: StepRecord, result: Assembly) -> StepRecord:
-    """A step without the calls that prepare the model's input.
+    """A step without the API calls that the runner makes around the forward.
 
     They work on buffers that live on between steps, whose other elements are left over
-    from earlier requests. What they prepare is seen again as the model's inputs.
+    from earlier requests. What they prepare is seen again as inputs of modules. Calls
+    of modules (encoders, poolers) and all inside them stay.
     """
-    calls = [call for call in step.calls if call.phase != "outside"]
+    calls = [
+        call
+        for call in step.calls
+        if call.phase not in ("outside", "after")
+        or call.parent is not None
+        or call.parameters is not None
+    ]
     if len(calls) < len(step.calls):
         result.left_out["preparation"] += len(step.calls) - len(calls)
     return replace(step, calls=calls)

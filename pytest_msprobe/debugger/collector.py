@@ -24,6 +24,7 @@ from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import Frame, Phase, Role, TensorValue, Tree
+from pytest_msprobe.model.records import CHECKSUM
 from pytest_msprobe.model.segments import (
     Piece,
     StepLayout,
@@ -343,6 +344,8 @@ class Collector:
     ) -> None:
         """Measures the results of a call and the tensors that it wrote in place."""
         self._current = call
+        if call.site.is_module and self._undefined:
+            self._define(result)
         if type(result) is not tuple:
             if isinstance(result, tuple) and hasattr(result, "_asdict"):
                 call.output = describe_value(result, "output", self._current_measure)
@@ -352,6 +355,44 @@ class Collector:
             extra = [t for t in written if all(t is not value for value in result)]
             result = (*result, *extra)
         call.output = self._read(result, "output", call, 128)
+
+    def read_changed(
+        self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Takes the arguments that a module without a result has written as outputs.
+
+        What they held before is not judged: it may be memory that nobody had written.
+        """
+        if not self._measures or not call.is_taken:
+            return
+        self._current = call
+        places: list[tuple[Any, Any, Any]] = [
+            (call.input_args, index, value) for index, value in enumerate(args)
+        ]
+        places += [(call.input_kwargs, name, kwargs[name]) for name in kwargs]
+        changed: list[Tree] = []
+        for inputs, place, value in places:
+            before = inputs[place] if call.input_args or call.input_kwargs else None
+            if not isinstance(value, torch.Tensor) or not isinstance(before, Measured):
+                continue
+            slot = f"output.{len(changed)}"
+            after = self._read_one(value, slot, call, 128 + len(changed))
+            if isinstance(after, Measured) and checksums(after) != checksums(before):
+                inputs[place] = before._replace(role="undefined")
+                changed.append(after)
+        if changed:
+            call.output = changed
+
+    def _define(self, result: Any) -> None:
+        """What a module returns has been written, by whatever means."""
+        if isinstance(result, torch.Tensor):
+            self._undefined.pop(storage_address(result), None)
+        elif isinstance(result, list | tuple):
+            for item in result:
+                self._define(item)
+        elif isinstance(result, dict):
+            for item in result.values():
+                self._define(item)
 
     def finish_call(self, call: RawCall) -> None:
         """Adds a call that has ended to the step."""
@@ -449,7 +490,10 @@ class Collector:
 
     def _measure_constant(self, tensor: torch.Tensor) -> Measured | TensorValue:
         """Parameters and buffers: the same numbers until somebody writes them."""
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        # Inference tensors count no writes; parameters and buffers are none.
+        version = None if tensor.is_inference() else tensor._version  # noqa: SLF001
+        form = (tensor.shape, tensor.stride(), tensor.dtype)
+        key = (tensor.data_ptr(), version, *form)
         known = self._measured_constants.get(key)
         if known is None:
             phase, self.measurer.phase = self.measurer.phase, "outside"
@@ -476,6 +520,14 @@ class Collector:
         if isinstance(value, Measured):
             return value._replace(**changes)
         return replace(value, **changes)
+
+
+def checksums(measured: Measured) -> list[int]:
+    """Checksums of a measured tensor's pieces."""
+    if measured.chunk is None:
+        return []
+    rows = measured.chunk[measured.first_row : measured.first_row + measured.rows]
+    return [int(value) for value in rows.view(np.uint64)[:, CHECKSUM]]
 
 
 def storage_address(tensor: torch.Tensor) -> int:

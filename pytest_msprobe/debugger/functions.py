@@ -291,9 +291,10 @@ class FunctionTable:
             prefix = namespace
         else:
             prefix = namespace[:1].upper() + namespace[1:]
-        if not self._collector.selection.takes_api(api, prefix):
-            return Entry(Action.PASS)
-        entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
+        if self._collector.selection.takes_api(api, prefix):
+            entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
+        else:  # not recorded, but what it writes is known
+            entry = Entry(Action.WRITE)
         positions: set[int] = set()
         names: set[str] = set()
         opaque: list[int | str] = []
@@ -390,11 +391,11 @@ class FunctionMode(TorchFunctionMode):
         if type(func) is MethodWrapperType or not collector.is_recording:
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
-        if entry.action is Action.PASS:
+        if entry.action is Action.PASS and "out" not in kwargs:
             return func(*args, **kwargs)
         if entry.action is not Action.RECORD:
             result = func(*args, **kwargs)
-            note_memory(collector, entry, args, result)
+            note_memory(collector, entry, args, kwargs, result)
             return result
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
         site = entry.site
@@ -402,13 +403,17 @@ class FunctionMode(TorchFunctionMode):
             site = entry.operator_site
         if site is None:
             result = func(*args, **kwargs)
-            note_memory(collector, entry, args, result)
+            note_memory(collector, entry, args, kwargs, result)
             return result
         return record_call(collector, entry, site, func, args, kwargs, frame)
 
 
 def note_memory(
-    collector: Collector, entry: Entry, args: tuple[Any, ...], result: Any
+    collector: Collector,
+    entry: Entry,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
 ) -> None:
     """Notes what an unrecorded function did to memory."""
     try:
@@ -416,9 +421,8 @@ def note_memory(
             if isinstance(result, torch.Tensor) and result.numel():
                 collector.mark_undefined(result)
         else:
-            for position in entry.positions:
-                if position < len(args) and isinstance(args[position], torch.Tensor):
-                    collector.mark_written(args[position])
+            for tensor in _written(entry, args, kwargs):
+                collector.mark_written(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
 

@@ -247,8 +247,11 @@ class Measurer:
                 refuted.add(slot)
             elif slot not in refuted:
                 return "token"
-        elif first == self.sample_rows and self.phase != "outside":
-            return "sample"
+        elif self.phase != "outside":
+            if first == self.sample_rows:
+                return "sample"
+            if self.phase == "after" and first == self.padded_tokens:
+                return "token"
         return "neither"
 
     def describe_only(self, tensor: torch.Tensor, role: Role) -> TensorValue:

@@ -94,7 +94,7 @@ class ModuleWrappers:
             try:
                 return original(*args, **kwargs)
             finally:
-                collector.measurer.phase = "outside"
+                collector.measurer.phase = "after"
 
         return forward
 
@@ -112,7 +112,7 @@ class ModuleWrappers:
             except BaseException:
                 hook.abort(entered)
                 raise
-            hook.leave(entered, result)
+            hook.leave(entered, result, args, kwargs)
             return result
 
         return forward
@@ -147,7 +147,13 @@ class _ModuleHook:
             self.collector.fail(error)
             return None
 
-    def leave(self, call: RawCall | None, result: Any) -> None:
+    def leave(
+        self,
+        call: RawCall | None,
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         """Records the outputs."""
         if call is None:
             return
@@ -155,7 +161,7 @@ class _ModuleHook:
         if not self.collector.is_recording:
             return
         try:
-            self._leave(call, result)
+            self._leave(call, result, args, kwargs)
         except Exception as error:  # noqa: BLE001 - never into the model
             self.collector.fail(error)
 
@@ -176,10 +182,18 @@ class _ModuleHook:
             collector.read_inputs(call, args, kwargs)
         return call
 
-    def _read_outputs(self, call: RawCall, result: Any) -> None:
+    def _read_outputs(
+        self,
+        call: RawCall,
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         collector = self.collector
         if call.is_taken:
             collector.read_outputs(call, result)
+            if result is None:
+                collector.read_changed(call, args, kwargs)
             if self._has_parameters:
                 collector.read_parameters(call, self._module)
             else:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from pytest_msprobe.model.segments import Piece, RowClass, StepLayout
 
 Role = Literal["read", "written", "undefined", "opaque"]
-# Where in a step a call was made; outside the model's own work its input is prepared.
-Phase = Literal["outside", "forward", "logits", "sample"]
+# Where in a step a call was made: before the model's forward, in it, between it and the
+# end of execute_model (pooling), in compute_logits, in sample_tokens.
+Phase = Literal["outside", "forward", "after", "logits", "sample"]
 
 # Values of arguments are trees: lists, dicts and the leaves TensorValue, Scalar, None.
 Tree = Any

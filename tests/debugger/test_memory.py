@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who wrote a tensor's memory, and when it is measured again."""
+
+import pytest
+import torch
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.debugger.assemble import assemble
+from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.model.segments import RequestRows, SampleRow, StepLayout
+
+
+class Writer(torch.nn.Module):
+    """Writes its result into an argument and returns nothing, as mixers do."""
+
+    def forward(self, x, out):
+        out.copy_(x * 2)
+
+
+class Caller(torch.nn.Module):
+    """Hands memory nobody has written to a child that writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.writer = Writer()
+
+    def forward(self, x):
+        out = torch.empty_like(x)
+        out.view(torch.int32).fill_(0x7FC00000)
+        self.writer(x, out)
+        return out
+
+
+class Hidden(torch.nn.Module):
+    """Fills memory by means that no function mode sees."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.inner = torch.nn.Identity()
+
+    def forward(self, x):
+        out = torch.empty(x.shape[0], 2 * x.shape[1])
+        if self.way == "out":
+            torch.cat([x, x], 1, out=out)
+        else:
+            out.numpy()[:] = 1.0
+        return self.inner(out)
+
+
+class Holder(torch.nn.Module):
+    """Passes a buffer and a weight to a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.ones(4))
+        self.child = torch.nn.Identity()
+
+    def forward(self, x):
+        return x + self.child(self.state)
+
+
+def run(tmp_path, model, inputs, *, level="mix", between=None):
+    """Records two forwards of a model; returns the recorder's steps."""
+    root = torch.nn.Sequential(model)
+    config = DebuggerConfig(level=level, risk_level="ALL")
+    recorder = Recorder(config, tmp_path, rank=0, is_kept=True, is_deferred=True)
+    recorder.attach(root)
+    for step in range(2):
+        recorder.begin_step(step)
+        with recorder.recording, torch.inference_mode():
+            root(inputs)
+        recorder.end_step()
+        if between is not None and step == 0:
+            between(model)
+    return recorder.close()
+
+
+def call_of(step, name):
+    """The record of the call whose name holds a text."""
+    return next(call for call in step.calls if name in call.name)
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_a_module_without_a_result_has_what_it_wrote_as_output(tmp_path, level):
+    """Arguments written by a module that returns nothing are outputs, not inputs."""
+    steps = run(tmp_path, Caller(), torch.arange(6.0).reshape(2, 3), level=level)
+    call = call_of(steps[0], "Module.0.writer.")
+
+    (written,) = call.output
+    assert written.rows[0, 0] == 10.0
+    assert call.input_args[1].role == "undefined"
+    assert call.input_args[0].role == "read"
+
+
+@pytest.mark.parametrize("way", ["out", "numpy"])
+def test_what_a_module_returns_counts_as_written(tmp_path, way):
+    """Memory filled behind the mode's back is judged as soon as a module returns it."""
+    steps = run(tmp_path, Hidden(way), torch.ones(2, 3))
+
+    assert call_of(steps[0], "Module.0.Hidden.").output[0].role == "read"
+    if way == "out":
+        assert call_of(steps[0], "Module.0.inner.").input_args[0].role == "read"
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_a_changed_buffer_is_measured_again(tmp_path, level):
+    """A buffer or parameter written between two steps shows its new numbers."""
+
+    def change(model):
+        with torch.no_grad():
+            model.state.add_(1.0)
+
+    steps = run(tmp_path, Holder(), torch.ones(4), level=level, between=change)
+
+    maxima = [
+        call_of(step, "Module.0.child.").input_args[0].rows[0, 0] for step in steps
+    ]
+    assert maxima == [1.0, 2.0]
+
+
+def test_a_changed_weight_is_measured_again(tmp_path):
+    """Parameters are measured once until somebody writes them."""
+
+    def change(model):
+        with torch.no_grad():
+            model.weight.add_(10.0)
+
+    model = torch.nn.Linear(3, 3)
+    steps = run(tmp_path, model, torch.ones(2, 3), level="L0", between=change)
+
+    before, after = (
+        call_of(step, "Linear").parameters["weight"].rows[0, 0] for step in steps
+    )
+    assert after == pytest.approx(before + 10.0)
+
+
+class Pooling(torch.nn.Module):
+    """A model whose pooler its runner calls after the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 4)
+        self.pooler = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_modules_called_behind_the_forward_are_in_the_capture(tmp_path):
+    """A pooler is judged, the runner's own operators around it are not."""
+    model = Pooling()
+    config = DebuggerConfig(level="mix", risk_level="ALL")
+    recorder = Recorder(config, tmp_path, rank=0, is_kept=True, is_deferred=True)
+    recorder.attach(model)
+    layout = StepLayout(
+        3, 3, (RequestRows(0, 0, 3, 0, 3),), (SampleRow(0, 2, 3, is_defined=True),)
+    )
+    recorder.begin_step(0, layout_source=lambda _padded: layout)
+    with recorder.recording, torch.inference_mode():
+        hidden = model(torch.ones(3, 4) * 0.5)
+        hidden = hidden + 1
+        model.pooler(hidden[-1:])
+    recorder.end_step()
+
+    assembly = assemble(recorder.close())
+
+    calls = {line.c: line for line in assembly.lines if hasattr(line, "c")
+             and hasattr(line, "o")}  # fmt: skip
+    assert "Module.pooler.Linear.forward.0" in calls
+    assert "Functional.linear.1.forward" in calls  # inside the pooler
+    assert not any("add" in name for name in calls)
+    tensors = {line.t: line for line in assembly.lines if hasattr(line, "t")}
+    (output,) = calls["Module.pooler.Linear.forward.0"].o["output.0"]
+    assert tensors[output].row_class == "sample"
