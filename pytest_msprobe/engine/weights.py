@@ -83,14 +83,34 @@ def owner_of(name: str, modules: set[str], packed: dict[str, list[str]]) -> str:
     return ""
 
 
+def checkpoint_folder(model_config: Any) -> Path | None:
+    """Folder of a model's files: its own, or that of the hub's local copy.
+
+    Args:
+        model_config: vLLM's model configuration.
+    """
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(
+            model_config.model, "config.json", revision=model_config.revision
+        )
+    except (ImportError, ValueError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def weight_fingerprints(runner: Any) -> dict[str, dict[str, str]]:
     """Fingerprints by module path and tensor name; empty where no file is at hand.
 
     Args:
         runner: vLLM's model runner.
     """
-    folder = Path(runner.vllm_config.model_config.model)
-    if runner.vllm_config.load_config.load_format == "dummy" or not folder.is_dir():
+    folder = checkpoint_folder(runner.vllm_config.model_config)
+    if runner.vllm_config.load_config.load_format == "dummy" or folder is None:
         return {}
     model = runner.get_model()
     modules = {path for path, _ in model.named_modules() if path}
