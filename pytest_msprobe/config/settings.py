@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_msprobe.config.debugger_config import (
+    TASKS,
     DebuggerConfig,
     known_keys,
     parse_debugger_config,
@@ -20,6 +21,12 @@ from pytest_msprobe.config.source import (
 from pytest_msprobe.model.limits import LIMIT_NAMES, KeyMode, Rule
 
 SECTIONS = ("capture", "engine", "tolerances", "golden")
+# Keys of the sections statistics, tensor and structure; the second line's are known
+# only to be refused with a reason.
+TASK_KEYS = (
+    *("scope", "list", "tensor_list", "data_mode", "summary_mode"),
+    *("slice", "request_id", "bench_path", "diff_nums"),
+)
 ALL_STEPS = -1
 DEFAULT_DECODE_STEPS = 2
 DEFAULT_SIZE_WARNING_BYTES = 1_000_000
@@ -103,6 +110,7 @@ def read_settings(path: Path) -> Settings:
                 (section,), f"expected keys and values, found {describe(value)}"
             )
     require_keys(source, ("capture",), source.data["capture"], known_keys())
+    _check_task_sections(source)
     return Settings(
         path,
         parse_debugger_config(source, ("capture",), default_level="L0"),
@@ -112,8 +120,28 @@ def read_settings(path: Path) -> Settings:
     )
 
 
+def _check_task_sections(source: Source) -> None:
+    """Refuses unknown keys in the sections of all tasks, used or not."""
+    capture = source.data["capture"]
+    for task in TASKS:
+        section = capture.get(task)
+        if section is None:
+            capture.pop(task, None)
+            continue
+        if not isinstance(section, dict):
+            found = describe(section)
+            raise source.error(
+                ("capture", task), f"expected keys and values, found {found}"
+            )
+        require_keys(source, ("capture", task), section, list(TASK_KEYS))
+
+
 def _read_engine(source: Source) -> EngineSettings:
     arguments = dict(source.data["engine"])
+    for name in arguments:
+        if not isinstance(name, str):
+            key = ("engine", str(name))
+            raise source.error(key, "expected the name of an engine argument")
     environment = arguments.pop("env", None) or {}
     if not isinstance(environment, dict):
         found = describe(environment)

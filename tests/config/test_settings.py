@@ -6,7 +6,7 @@ import json
 import pytest
 from test_debugger_config import SEED
 
-from pytest_msprobe.config.settings import read_settings
+from pytest_msprobe.config.settings import TASK_KEYS, read_settings
 from pytest_msprobe.errors import ConfigError
 
 
@@ -58,12 +58,43 @@ def test_empty_yaml_has_defaults(tmp_path):
     assert settings.golden.decode_steps == 2
 
 
+def test_empty_task_sections_have_defaults(tmp_path):
+    """A section without content is as good as none."""
+    settings = read_settings(write(tmp_path, "capture:\n  statistics:\n"))
+
+    assert settings.capture.data_mode == ("all",)
+
+
+def test_json_may_hold_any_key(tmp_path):
+    """A config.json is taken with keys that nobody knows, in its sections too."""
+    data = {**SEED, "new": 1, "statistics": {**SEED["statistics"], "newer": 2}}
+
+    settings = read_settings(write(tmp_path, json.dumps(data), "config.json"))
+
+    assert settings.capture.level == SEED["level"]
+
+
+@pytest.mark.parametrize("key", TASK_KEYS)
+def test_keys_of_task_sections_are_known(tmp_path, key):
+    """Every documented key of a section is taken, or refused with a reason."""
+    path = write(tmp_path, f"capture: {{statistics: {{{key}: [1]}}}}")
+
+    with pytest.raises(ConfigError) as caught:
+        read_settings(path)
+
+    assert "unknown key" not in str(caught.value)
+
+
 BAD = [
     ("capture: {levle: L0}", 1, "did you mean 'level'"),
     ("captrue: {}", 1, "did you mean 'capture'"),
     ("capture:\n  level: L0\n  level: mix", 3, "duplicate key"),
     ("engine:\n  model: a\nengine: {}", 3, "duplicate key"),
     ("capture: [1]", 1, "expected keys and values"),
+    ("capture:\n  statistics:\n    scop: []", 3, "did you mean 'scope'"),
+    ("capture: {task: tensor, statistics: {lst: []}}", 1, "did you mean 'list'"),
+    ("capture: {tensor: {level: L0}}", 1, "capture.tensor.level: unknown key"),
+    ("capture: {structure: [1]}", 1, "expected keys and values"),
     ("- a\n- b", None, "expected sections"),
     ("just text", None, "expected sections"),
     ("capture: {level: L0", 1, "not valid YAML"),
@@ -71,6 +102,7 @@ BAD = [
     ("capture:\n\t- x", 2, "not valid YAML"),
     ("? [a]\n: 1", 1, "plain word"),
     ("engine: {model: 3}", 1, "engine.model: expected text"),
+    ("engine: {3: x}", 1, "engine.3: expected the name"),
     ("engine: {env: [A]}", 1, "engine.env"),
     ("engine: {env: {A: [1]}}", 1, "engine.env.A"),
     ("engine: {env: {A: true}}", 1, "engine.env.A"),
