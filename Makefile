@@ -12,6 +12,8 @@ MODEL = .demo/tiny-qwen2
 export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
+# What a failing command has half made is not taken for made by the next run.
+.DELETE_ON_ERROR:
 .PHONY: help env demo test lint types format bench clean
 
 help: ## list the targets

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_qwen2 import SHA256, hash_model
+
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / ".demo" / "tiny-qwen2"
 FAULT = "model.layers.2.post_attention_layernorm"
 COMMAND = ["-m", "pytest", "--msprobe-config", "msprobe.yaml", "examples"]
 
@@ -32,8 +35,24 @@ def run_tests(fault: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def check_model(folder: Path) -> str | None:
+    """What is wrong with the demo model's files, None if they are the known ones."""
+    again = f"make it again: rm -r {folder} && make demo"
+    try:
+        found = hash_model(folder)
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror}); {again}"
+    if found != SHA256:
+        return f"{folder}: SHA-256 {found}, expected {SHA256}; {again}"
+    return None
+
+
 def main() -> int:
     """Runs both and says what came of them."""
+    problem = check_model(MODEL)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 1
     clean, clean_text = run_tests("")
     faulty, faulty_text = run_tests(FAULT)
     found = [line for line in faulty_text.splitlines() if line.startswith(FAULT)]

@@ -16,11 +16,14 @@ import json
 import math
 import struct
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 SHA256 = "f9b96aa6d6820471aa1866c773356e6f901a124a06991a69e0ecb3d8c4df1312"
 
 HIDDEN = 128
@@ -299,19 +302,47 @@ def write_model(folder: Path, weights: dict[str, np.ndarray] | None = None) -> s
     for name, content in texts.items():
         text = json.dumps(content, indent=1, sort_keys=True) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
-    write_safetensors(folder / "model.safetensors", weights or make_weights())
+    write_safetensors(folder / WEIGHTS, weights or make_weights())
+    return hash_model(folder)
+
+
+def hash_model(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files."""
     total = hashlib.sha256()
-    for name in sorted([*texts, "model.safetensors"]):
+    for name in FILES:
         total.update(name.encode() + b"\0" + (folder / name).read_bytes())
     return total.hexdigest()
 
 
+def make_model(folder: Path) -> str:
+    """Makes the model and moves its files into the folder once their hash is right.
+
+    Args:
+        folder: Made if missing; the weights are moved last, so that they are there
+            only if the rest is.
+
+    Returns:
+        SHA-256 of what was made; where it is not the known one, nothing was moved.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as place:
+        temporary = Path(place)
+        found = write_model(temporary)
+        if found == SHA256:
+            for name in sorted(FILES, key=lambda name: name == WEIGHTS):
+                (temporary / name).replace(folder / name)
+    return found
+
+
 def main() -> int:
-    """Writes the model into the folder given and checks its hash."""
+    """Makes the model in the folder given and checks its hash."""
     folder = Path(sys.argv[1])
-    found = write_model(folder)
+    found = make_model(folder)
     if found != SHA256:
-        print(f"{folder}: SHA-256 {found}, expected {SHA256}", file=sys.stderr)
+        print(
+            f"{folder}: SHA-256 {found}, expected {SHA256}; not written",
+            file=sys.stderr,
+        )
         return 1
     print(f"{folder}: SHA-256 {found}")
     return 0
