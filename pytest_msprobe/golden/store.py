@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes goldens: a temporary file in the same folder, fsync, rename, under a lock."""
+"""Writes and removes goldens: a temporary file in the same folder, fsync, rename, under a lock."""
 
 import contextlib
 import hashlib
@@ -50,6 +50,24 @@ def write_bytes(path: Path, content: bytes, lock_folder: Path) -> None:
     except OSError as error:
         message = f"{path}: cannot be written ({error.strerror or error})"
         raise GoldenError(message, slug="golden-write") from error
+
+
+def remove(path: Path, lock_folder: Path) -> None:
+    """Removes a golden, if it is still there.
+
+    Args:
+        path: The file.
+        lock_folder: Where lock files lie.
+
+    Raises:
+        GoldenError: It cannot be removed.
+    """
+    try:
+        with locked(path, lock_folder):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        message = f"{path}: cannot be removed ({error.strerror or error})"
+        raise GoldenError(message, slug="golden-remove") from error
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -64,6 +64,17 @@ def variants_of(folder: Path, rank: int) -> dict[str, Path]:
     return found
 
 
+def ranks_of(folder: Path, variant: str) -> dict[int, Path]:
+    """Goldens of one variant of a test, by rank, in order."""
+    own = re.compile(rf"{re.escape(variant)}(?:\.rank(\d+))?{re.escape(SUFFIX)}")
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        match = own.fullmatch(path.name)
+        if match is not None:
+            found[int(match[1] or 0)] = path
+    return dict(sorted(found.items()))
+
+
 def choose(folder: Path, key: str, rank: int) -> Choice:
     """The variant of this numerics key, else one of the same kind of device, else any.
 

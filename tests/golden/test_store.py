@@ -6,6 +6,7 @@ import os
 
 import pytest
 from captures import KEY, OTHER_KEY, Network
+from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,10 +15,11 @@ from pytest_msprobe.dump.capture import read_capture
 from pytest_msprobe.errors import GoldenError
 from pytest_msprobe.golden import store
 from pytest_msprobe.golden.guard import UPDATE_MODES, is_ci, is_written
-from pytest_msprobe.golden.store import golden_bytes, write_bytes
+from pytest_msprobe.golden.store import golden_bytes, locked, remove, write_bytes
 from pytest_msprobe.golden.variants import (
     choose,
     file_name,
+    ranks_of,
     safe_name,
     variants_of,
 )
@@ -79,6 +81,20 @@ def test_a_file_in_the_way_is_named(tmp_path):
 
     with pytest.raises(GoldenError, match=r"g\.jsonl: cannot be written"):
         write_bytes(tmp_path / "a" / "g.jsonl", b"", tmp_path / "locks")
+
+
+def test_a_golden_can_be_removed(tmp_path):
+    """Removing leaves nothing and may be repeated; what is no file is named."""
+    path, locks = tmp_path / "golden" / "g.jsonl", tmp_path / "locks"
+    write_bytes(path, b"x", locks)
+
+    remove(path, locks)
+    remove(path, locks)
+
+    assert list(path.parent.iterdir()) == []
+    path.mkdir()
+    with pytest.raises(GoldenError, match=r"g\.jsonl: cannot be removed"):
+        remove(path, locks)
 
 
 def _write(path, locks, number):
@@ -143,6 +159,20 @@ def test_ranks_have_files_of_their_own(tmp_path):
     assert choose(tmp_path, KEY, 2).path is None
 
 
+def test_ranks_of_a_variant_are_found(tmp_path):
+    """All ranks of a variant are listed in order, those of other variants not."""
+    for rank in (10, 2, 0):
+        (tmp_path / file_name(KEY, rank)).write_text("")
+    for other in (OTHER_KEY, f"{KEY}-x", KEY.replace("-", "_")):
+        (tmp_path / file_name(other, 1)).write_text("")
+
+    ranks = ranks_of(tmp_path, KEY)
+
+    assert list(ranks) == [0, 2, 10]
+    assert ranks[10].name == f"{KEY}.rank10.jsonl"
+    assert ranks_of(tmp_path / "no", KEY) == {}
+
+
 def test_folders_follow_the_test(tmp_path):
     """The golden tree mirrors test files and test names."""
     folder = folder_of_test(tmp_path, "../tests/test_a.py", "TestB.test_c[x-1]")
@@ -192,10 +222,42 @@ def test_update_modes():
     }
 
 
-def test_lock_files_lie_outside_the_golden_tree(tmp_path):
-    """Locks are not committed: they lie in the folder given."""
-    write_bytes(tmp_path / "golden" / "g.jsonl", b"x", tmp_path / "locks")
+def test_the_lock_of_a_golden_lies_outside_its_tree(tmp_path):
+    """While a golden is locked no one else can lock it, and its folder stays empty."""
+    path, locks = tmp_path / "golden" / "g.jsonl", tmp_path / "locks"
+    path.parent.mkdir()
 
-    assert [p.name for p in (tmp_path / "golden").iterdir()] == ["g.jsonl"]
-    assert len(list((tmp_path / "locks").iterdir())) <= 1
-    assert store._LOCK_TIMEOUT_S > 0
+    with locked(path, locks):
+        (lock,) = locks.iterdir()
+        with pytest.raises(Timeout), FileLock(lock, timeout=0, is_singleton=False):
+            pytest.fail("the lock was free")
+        assert list(path.parent.iterdir()) == []
+
+    with FileLock(lock, timeout=0, is_singleton=False):
+        pass  # and it is free afterwards
+
+
+def test_a_writer_waits_for_the_lock(tmp_path, monkeypatch):
+    """A golden that someone else keeps locked is an error with its path."""
+    path, locks = tmp_path / "golden" / "g.jsonl", tmp_path / "locks"
+    write_bytes(path, b"old", locks)
+    monkeypatch.setattr(store, "_LOCK_TIMEOUT_S", 0.01)
+
+    with (
+        locked(path, locks),
+        pytest.raises(GoldenError, match=r"g\.jsonl: cannot be written"),
+    ):
+        write_bytes(path, b"new", locks)
+
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["g.jsonl"]
+
+
+def test_goldens_have_locks_of_their_own(tmp_path):
+    """Writing one golden does not wait for another one's lock."""
+    first, second = (tmp_path / "golden" / name for name in ("a.jsonl", "b.jsonl"))
+
+    with locked(first, tmp_path / "locks"):
+        write_bytes(second, b"x", tmp_path / "locks")
+
+    assert second.read_bytes() == b"x"
