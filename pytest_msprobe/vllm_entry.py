@@ -12,10 +12,12 @@ from typing import Any
 
 _MARK = "_msprobe_wrapped"
 _WORKER_BASE = "vllm.v1.worker.worker_base"
+_DUMP_KEYS = ("dump_config", "dump_config_path")
 
 
 def register() -> None:
     """Wraps the one method, once a process; does nothing where there are no workers."""
+    _check_command()
     module = sys.modules.get(_WORKER_BASE)
     wrapper_class = getattr(module, "WorkerWrapperBase", None)
     original = getattr(wrapper_class, "init_device", None)
@@ -35,12 +37,37 @@ def register() -> None:
 def _attach(wrapper: Any) -> None:
     import os
 
-    additional = getattr(wrapper.vllm_config, "additional_config", None)
-    asks = isinstance(additional, dict) and any(
-        key in additional for key in ("dump_config", "dump_config_path", "msprobe")
-    )
-    if not asks and not os.environ.get("MSPROBE_ATTACH"):
+    given = getattr(wrapper.vllm_config, "additional_config", None)
+    additional: dict[str, Any] = given if isinstance(given, dict) else {}
+    keys = {*_DUMP_KEYS, "msprobe"}.intersection(additional)
+    if not keys and not os.environ.get("MSPROBE_ATTACH"):
         return
     from pytest_msprobe.engine.worker_rpc import attach_control
 
-    attach_control(wrapper.worker)
+    attach_control(wrapper)
+    if keys - {"msprobe"}:
+        from pytest_msprobe.engine.server import start_dump
+
+        start_dump(wrapper, additional)
+
+
+def _check_command() -> None:
+    """Refuses a server's wrong configuration of a dump in one line.
+
+    Raises:
+        SystemExit: It is wrong.
+    """
+    main = sys.modules.get("__main__")
+    module = getattr(getattr(main, "__spec__", None), "name", "")
+    if not module.startswith("vllm.") and not sys.argv[0].endswith("/vllm"):
+        return
+    if not any("additional" in argument for argument in sys.argv):
+        return
+    from pytest_msprobe.engine.server import check_command
+    from pytest_msprobe.errors import MsprobeError
+
+    try:
+        check_command(sys.argv[1:])
+    except MsprobeError as error:
+        message = f"ERROR: msprobe: {error}"
+        raise SystemExit(message) from None

@@ -49,7 +49,7 @@ class DebuggerConfig:
         rank: Ranks to record, empty for all.
         step: Steps to record, empty for all.
         level: L0 modules, L1 APIs, mix both.
-        async_dump: Accepted; files are always written by a thread.
+        async_dump: Whether a thread writes the files, while the next step runs.
         extra_info: Whether stack.json and construct.json are filled.
         precision: Accepted; sums are always accumulated in more than the dtype.
         risk_level: Which classes of API are recorded when scope and list are empty.

@@ -140,8 +140,9 @@ def _read_engine(source: Source) -> EngineSettings:
     arguments = dict(source.data["engine"])
     for name in arguments:
         if not isinstance(name, str):
-            key = ("engine", str(name))
-            raise source.error(key, "expected the name of an engine argument")
+            raise source.error(
+                ("engine", str(name)), "expected the name of an engine argument"
+            )
     environment = arguments.pop("env", None) or {}
     if not isinstance(environment, dict):
         found = describe(environment)

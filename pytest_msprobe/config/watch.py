@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig, parse_debugger_config
@@ -50,6 +51,11 @@ class ConfigWatch:
         self._is_watched = self.config.dump_enable is not None and bool(self._path)
         self._next_look = 0.0
         self._state = self._stat()
+
+    @property
+    def path(self) -> Path | None:
+        """The file, None for a configuration that comes from none."""
+        return self._path
 
     @property
     def is_on(self) -> bool:

@@ -159,6 +159,7 @@ class Collector:
         layout: Rows of the open step, None before the forward or where unknown.
         model_dimensions: Sizes that parameters of the model have.
         progress: Where the running call is noted, None to note nothing.
+        saved_bytes: Bytes of tensors saved to files.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
@@ -170,6 +171,7 @@ class Collector:
         self.layout: StepLayout | None = None
         self.model_dimensions: frozenset[int] = frozenset()
         self.progress: Progress | None = None
+        self.saved_bytes = 0
         self._measures = config.task != "structure"
         self._is_plain = not config.saves_tensors and (
             config.summary_mode == "statistics" and self._measures
@@ -517,6 +519,7 @@ class Collector:
         if self._tensor_folder and (self.config.task == "tensor" or listed):
             name = file_name(call.name, slot)
             changes["data_name"] = save_tensor(self._tensor_folder, name, tensor)
+            self.saved_bytes += tensor.numel() * tensor.element_size()
         if isinstance(value, Measured):
             return value._replace(**changes)
         return replace(value, **changes)

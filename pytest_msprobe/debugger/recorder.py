@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One capture in one process: collector, wrappers, function mode and writer."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import StepRecord
+from pytest_msprobe.model.records import ROW_WIDTH
 
 Models = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -62,6 +64,7 @@ class Recorder:
 
     Attributes:
         config: What to record.
+        folder: Of the dump.
         collector: Where calls are reported.
         mode: The function mode of level L1, None at L0.
         recording: Context manager that records while it is entered.
@@ -84,10 +87,11 @@ class Recorder:
             rank: Rank of this process, None where unknown.
             is_kept: Keep all steps in memory as well, for `close` to return.
             is_deferred: Write the steps when recording has ended, so that writing does
-                not slow the model; else a thread writes each step when it has ended,
-                so that what is complete outlives the process.
+                not slow the model; else each step is written when it has ended: before
+                its results leave the process, or by a thread (async_dump).
         """
         self.config = config
+        self.folder = dump_path
         self.collector = Collector(config)
         self.mode: FunctionMode | None = None
         self.recording = Recording(self)
@@ -150,6 +154,9 @@ class Recorder:
 
     def detach(self) -> None:
         """Takes every wrapper off again."""
+        if self.collector.progress is not None:
+            self.collector.progress.close()
+            self.collector.progress = None
         for wrappers in self._wrappers.values():
             wrappers.remove()
         self._wrappers.clear()
@@ -177,13 +184,34 @@ class Recorder:
         step = self.collector.end_step()
         if step is None:
             return
+        if self.recorded_bytes > self.config.max_bytes:
+            self.collector.fail(self._limit_error(step.step))
         if self._is_deferred:
             self._deferred.append(step)
             return
         try:
-            self._writer.write(partial(self._make, step))
-        except CaptureError as error:
-            self.collector.fail(error)
+            if self.config.async_dump:
+                self._writer.write(partial(self._make, step))
+            else:
+                self._writer.write_now(self._make(step))
+        except (OSError, CaptureError) as error:
+            self.collector.fail(self._writer.error_of(error))
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes that the recording has taken so far: files, and rows in memory."""
+        held = self.collector.measurer.measured_rows * ROW_WIDTH * 8
+        return (
+            held if self._is_deferred else self.bytes_written
+        ) + self.collector.saved_bytes
+
+    def _limit_error(self, step: int) -> CaptureError:
+        message = (
+            f"recording stopped behind step {step}: {self.recorded_bytes} bytes, "
+            f"max_bytes is {self.config.max_bytes}"
+        )
+        hint = "record fewer steps (step, list, level), or raise max_bytes"
+        return CaptureError(message, slug="max-bytes", hint=hint)
 
     def _make(self, raw: RawStep) -> StepRecord:
         step = materialize(raw)
@@ -208,6 +236,13 @@ class Recorder:
         self.collector.raise_error()
         steps, self._kept = self._kept, []
         return steps
+
+    def abandon(self) -> None:
+        """Takes the wrappers off and forgets what was not written yet."""
+        self.detach()
+        self._deferred.clear()
+        with contextlib.suppress(CaptureError):
+            self._writer.close()
 
     def backend_reasons(self) -> dict[str, str]:
         """Which statistics backend was used for each device, and why."""

@@ -17,6 +17,7 @@ import torch
 
 from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.engine.requests import RequestTable, is_real_step
 from pytest_msprobe.engine.tokens import TokenLog
 from pytest_msprobe.errors import EngineError
@@ -35,10 +36,17 @@ class Attachment(ABC):
         requests: Requests seen in this capture.
         tokens: What was sampled.
         recorded_steps: Steps recorded so far.
+        next_step: Number of the step that comes next.
+        on_step: Called when a recorded step has ended.
     """
 
     def __init__(
-        self, runner: Any, recorder: Recorder, *, decode_steps: int = ALL_STEPS
+        self,
+        runner: Any,
+        recorder: Recorder,
+        *,
+        decode_steps: int = ALL_STEPS,
+        first_step: int = 0,
     ) -> None:
         self.runner = runner
         self.recorder = recorder
@@ -46,16 +54,23 @@ class Attachment(ABC):
         self.tokens = TokenLog()
         self.recorded_steps = 0
         self._decode_steps = decode_steps
-        self._number = 0
+        self.next_step = first_step
+        self.on_step: Callable[[], None] | None = None
         self._is_open = False
         self._replaced: list[tuple[Any, str, object]] = []
 
-    def install(self) -> None:
+    def install(self, *, has_execute: bool = True) -> None:
         """Puts the hooks on.
 
+        Args:
+            has_execute: Whether execute_model is replaced too; else the caller runs
+                it through `around_execute`.
+
         Raises:
-            EngineError: The runner lacks a method that every known vLLM has.
+            EngineError: The runner lacks a method that every known vLLM has, or what
+                it computes cannot be captured.
         """
+        check_engine(self.runner.vllm_config)
         for name in ("execute_model", "get_model"):
             if not callable(getattr(self.runner, name, None)):
                 message = (
@@ -67,7 +82,8 @@ class Attachment(ABC):
         model = self.runner.get_model()
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
-        self.replace(self.runner, "execute_model", self._execute_model)
+        if has_execute:
+            self.replace(self.runner, "execute_model", self.around_execute)
         if callable(getattr(self.runner, "sample_tokens", None)):
             self.replace(self.runner, "sample_tokens", self.closing)
         if callable(getattr(model, "compute_logits", None)):
@@ -120,7 +136,9 @@ class Attachment(ABC):
 
     # Hooks ---------------------------------------------------------------------
 
-    def _execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def around_execute(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook for execute_model, which begins a step and may end it."""
+
         def execute_model(*args: Any, **kwargs: Any) -> Any:
             scheduled = args[0] if args else kwargs.get("scheduler_output")
             if not is_real_step(scheduled, kwargs):
@@ -202,8 +220,8 @@ class Attachment(ABC):
         try:
             self.requests.begin_step(scheduled)
             self.tokens.begin_step()
-            number = self._number
-            self._number += 1
+            number = self.next_step
+            self.next_step += 1
             wanted = self.recorder.config.step
             if wanted and number not in wanted:
                 return False
@@ -231,6 +249,8 @@ class Attachment(ABC):
             self.tokens.end_step()
             self.recorder.end_step()
             self.recorded_steps += 1
+            if self.on_step is not None:
+                self.on_step()
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
 

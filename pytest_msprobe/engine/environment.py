@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pytest_msprobe.compat import version_of, vllm_version
+from pytest_msprobe.debugger.ranks import current_rank
 
 _LEVELS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 _ONEDNN_CAPS = {
@@ -140,6 +141,18 @@ def numeric_probe(device: torch.device) -> str:
             data = result.detach().cpu().contiguous().view(torch.uint8)
             total.update(data.numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def global_rank(vllm_config: Any) -> int:
+    """Rank of this worker over all engine cores of a deployment.
+
+    Args:
+        vllm_config: vLLM's configuration.
+    """
+    parallel = vllm_config.parallel_config
+    core = int(getattr(parallel, "data_parallel_rank", 0) or 0)
+    rank = current_rank() or 0
+    return core * int(parallel.world_size) + rank % int(parallel.world_size)
 
 
 def provenance(runner: Any, device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,11 @@ def runner_version(runner: Any) -> int:
 
 
 def attachment_for(
-    runner: Any, recorder: Recorder, *, decode_steps: int = ALL_STEPS
+    runner: Any,
+    recorder: Recorder,
+    *,
+    decode_steps: int = ALL_STEPS,
+    first_step: int = 0,
 ) -> Attachment:
     """The adapter for a model runner.
 
@@ -24,6 +28,7 @@ def attachment_for(
         runner: vLLM's model runner.
         recorder: Where steps are recorded.
         decode_steps: Decode steps behind the prefill to record, -1 for all.
+        first_step: Number of the first step.
     """
     kind = RunnerV2 if runner_version(runner) == 2 else RunnerV1  # noqa: PLR2004
-    return kind(runner, recorder, decode_steps=decode_steps)
+    return kind(runner, recorder, decode_steps=decode_steps, first_step=first_step)

@@ -17,11 +17,13 @@ import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig, config_from_json
 from pytest_msprobe.debugger.assemble import assemble
+from pytest_msprobe.debugger.progress import Progress
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.dump import capture
 from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
+from pytest_msprobe.engine.faults import PROGRESS
 from pytest_msprobe.engine.runners import attachment_for, runner_version
 from pytest_msprobe.engine.weights import weight_fingerprints
 from pytest_msprobe.errors import CaptureError, MsprobeError
@@ -39,19 +41,21 @@ class WorkerControl:
         self._worker = worker
         self._attachment: Attachment | None = None
         self._folder: Path | None = None
-        self._facts: dict[str, Any] = {}
+        self._weights: dict[str, dict[str, str]] | None = None
 
     def control(self, payload: str) -> dict[str, Any]:
         """Carries out one action; the reply always has the key `ok`.
 
         Args:
-            payload: JSON with `action` (start, stop, status) and its arguments.
+            payload: JSON with `action` (start, stop, abandon, status) and its
+                arguments.
         """
         try:
             request = json.loads(payload)
             actions: dict[str, Callable[..., dict[str, Any]]] = {
                 "start": self._start,
                 "stop": self._stop,
+                "abandon": self._abandon,
                 "status": self._status,
             }
             action = actions[request.pop("action")]
@@ -69,6 +73,7 @@ class WorkerControl:
         attachment = self._attachment
         return {
             "rank": current_rank() or 0,
+            "pid": os.getpid(),
             "runner": type(runner).__name__,
             "runner_version": runner_version(runner),
             "capturing": attachment is not None,
@@ -76,8 +81,21 @@ class WorkerControl:
         }
 
     def _start(
-        self, config: dict[str, Any], folder: str, decode_steps: int = ALL_STEPS
+        self,
+        config: dict[str, Any],
+        folder: str,
+        decode_steps: int = ALL_STEPS,
+        client: int | None = None,
     ) -> dict[str, Any]:
+        """Starts a capture.
+
+        Args:
+            config: A `DebuggerConfig` as JSON.
+            folder: Where the files go.
+            decode_steps: Decode steps behind the prefill to record.
+            client: Number of the test's process. Where that is another one, each
+                step is written at once, so that it outlives this process.
+        """
         if self._attachment is not None:
             message = "a capture is already running on this engine"
             raise CaptureError(message, slug="double-start", hint="end it first")
@@ -87,9 +105,17 @@ class WorkerControl:
         if wanted and rank not in wanted:
             return {"rank": rank, "recording": False}
         self._folder = Path(folder)
+        is_alone = client is not None and client != os.getpid()
         recorder = Recorder(
-            debugger_config, self._folder, rank=rank, is_kept=True, is_deferred=True
+            debugger_config,
+            self._folder,
+            rank=rank,
+            is_kept=True,
+            is_deferred=not is_alone,
         )
+        if is_alone:
+            path = self._folder / PROGRESS.format(rank=rank)
+            recorder.collector.progress = Progress(path)
         attachment = attachment_for(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
@@ -97,10 +123,20 @@ class WorkerControl:
             attachment.install()
         except BaseException:
             attachment.remove()
-            recorder.detach()
+            recorder.abandon()
             raise
         self._attachment = attachment
         return {"rank": rank, "recording": True}
+
+    def _abandon(self, folder: str) -> dict[str, Any]:
+        """Ends the capture that writes into a folder; its capture file is not made."""
+        attachment = self._attachment
+        if attachment is None or self._folder != Path(folder):
+            return {"recording": False}
+        self._attachment = None
+        attachment.remove()
+        attachment.recorder.abandon()
+        return {"recording": True}
 
     def _stop(self, test: str = "") -> dict[str, Any]:
         rank = current_rank() or 0
@@ -139,7 +175,8 @@ class WorkerControl:
         made_by = provenance(runner, device)
         made_by["statistics"] = sorted(recorder.backend_reasons().values())
         parallel = runner.vllm_config.parallel_config
-        weights = weight_fingerprints(runner) if rank == 0 else {}
+        if self._weights is None:  # of the checkpoint, which does not change
+            self._weights = weight_fingerprints(runner) if rank == 0 else {}
         return capture.Header(
             msprobe=capture.FORMAT,
             kind="capture",
@@ -150,7 +187,7 @@ class WorkerControl:
             signature=signature(recorder.config, model_facts(runner)),
             provenance=made_by,
             requests=attachment.tokens.requests(attachment.requests),
-            weights=weights,
+            weights=self._weights,
         )
 
 
@@ -172,9 +209,15 @@ def signature(config: DebuggerConfig, facts: dict[str, Any]) -> dict[str, Any]:
 _WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def attach_control(worker: Any) -> None:
-    """Gives a worker object the control method."""
-    worker.__dict__[METHOD] = WorkerControl(worker).control
+def attach_control(wrapper: Any) -> None:
+    """Gives a worker the control method.
+
+    Args:
+        wrapper: vLLM's WorkerWrapperBase, which calls from outside go to.
+    """
+    worker = wrapper.worker
+    control = WorkerControl(worker).control
+    worker.__dict__[METHOD] = wrapper.__dict__[METHOD] = control
     _WORKERS.add(worker)
 
 
