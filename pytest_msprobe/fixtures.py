@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from pytest_msprobe.errors import MsprobeError
 from pytest_msprobe.session import SESSION, Capture, MsprobeSession
 
 
@@ -18,6 +17,8 @@ class Msprobe:
 
     def capture(self, llm: Any, name: str | None = None) -> Capture:
         """A context manager that records what an engine computes meanwhile.
+
+        A test's first one discards what `msprobe_engine` has recorded automatically.
 
         Args:
             llm: A `vllm.LLM`: the fixture's or one of your own.
@@ -39,6 +40,8 @@ class Msprobe:
                 "msprobe.check(): nothing was captured in this test", pytrace=False
             )
         for capture in captures:
+            if capture.is_automatic:
+                capture.close()
             if not capture.is_checked:
                 capture.check()
 
@@ -47,15 +50,21 @@ def _session(request: pytest.FixtureRequest) -> MsprobeSession:
     session = request.config.stash.get(SESSION, None)
     if session is None:  # refused at collection; here for fixtures asked for late
         message = (
-            f"{request.node.nodeid} asks for a msprobe fixture without configuration"
+            f"{request.node.nodeid} asks for a msprobe fixture and there is no "
+            "configuration; add --msprobe-config FILE"
         )
-        raise pytest.UsageError(f"{message}; add --msprobe-config FILE")
+        pytest.fail(message, pytrace=False)
+    session.state_of(request.node)
     return session
 
 
 @pytest.fixture
 def msprobe(request: pytest.FixtureRequest) -> Msprobe:
-    """Records and judges in this test: `capture(llm)` and `check()`."""
+    """Records and judges in this test: `capture(llm)` and `check()`.
+
+    A test that asks for it, itself or through another fixture, and passes without
+    having recorded anything fails.
+    """
     return Msprobe(_session(request), request.node)
 
 
@@ -63,14 +72,12 @@ def msprobe(request: pytest.FixtureRequest) -> Msprobe:
 def msprobe_engine(request: pytest.FixtureRequest) -> Any:
     """A real eager `vllm.LLM`, shared by tests with the same engine arguments.
 
-    In a test that does not ask for `msprobe` as well, everything that the engine
-    computes is recorded, and judged when the test's code has ended.
+    Everything that it computes from here on is recorded, and judged when the test's
+    code has ended; unless the test captures: its first `msprobe.capture(...)`, on
+    whatever engine, discards that recording, and only what the test captures is
+    judged. Merely asking for `msprobe` changes nothing.
     """
     session = _session(request)
-    try:
-        llm = session.engine(request.node)
-        if "msprobe" not in request.fixturenames:
-            session.new_capture(request.node, llm, None).__enter__()
-    except MsprobeError as error:
-        pytest.fail(str(error), pytrace=False)
+    llm = session.engine(request.node)
+    session.record_automatically(request.node, llm)
     return llm

@@ -2,7 +2,7 @@
 """pytest hooks. Loading this module imports none of torch, vllm and numpy."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _fixture_names(item: pytest.Item) -> set[str]:
-    """Fixtures that a test asks for, directly or not."""
+    """Fixtures that a test asks for, directly or not, but not while it runs."""
     return set(getattr(item, "fixturenames", ()))
+
+
+def _session_of(config: pytest.Config) -> MsprobeSession | None:
+    return config.stash.get(SESSION, None)
 
 
 def _read(config: pytest.Config) -> MsprobeSession | None:
@@ -99,39 +103,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Says which configuration is used."""
-    session = config.stash.get(SESSION, None)
+    session = _session_of(config)
     if session is None:
         return None
     text = f"msprobe: {session.settings.path}"
     return f"{text}, updating goldens ({session.update})" if session.update else text
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Sorts tests by the engine they need, so that each engine is started once.
-
-    Raises:
-        UsageError: A test asks for our fixtures and there is no configuration.
-    """
-    users = [item for item in items if _FIXTURES & _fixture_names(item)]
-    if not users:
-        return
-    session = config.stash.get(SESSION, None)
+    """Sorts tests by the engine they need, so that each engine is started once."""
+    session = _session_of(config)
     if session is None:
-        message = (
-            f"{users[0].nodeid} asks for a msprobe fixture and there is no "
-            "configuration; add --msprobe-config FILE"
-        )
-        raise pytest.UsageError(message)
-    try:
-        keys = {
-            item: session.engine_key(item)
-            for item in users
-            if "msprobe_engine" in _fixture_names(item)
-        }
-    except MsprobeError as error:
-        raise pytest.UsageError(str(error)) from None
+        return
+    keys = {}
+    for item in items:
+        if "msprobe_engine" in _fixture_names(item):
+            try:
+                keys[item] = session.engine_key(item)
+            except MsprobeError:  # said later, if the test is not deselected
+                keys[item] = ""
     order = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
     places = [index for index, item in enumerate(items) if item in keys]
     sorted_users = sorted(keys, key=lambda item: order[keys[item]])
@@ -139,54 +132,113 @@ def pytest_collection_modifyitems(
         items[index] = item
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Notes that not all tests are run."""
+    session = _session_of(items[0].config) if items else None
+    if session is not None:
+        session.is_selection = True
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Checks the settings of the tests that are about to run.
+
+    Raises:
+        UsageError: They are wrong, or a test asks for our fixtures and there is no
+            configuration: one line, exit code 4.
+    """
+    users = [item for item in session.items if _FIXTURES & _fixture_names(item)]
+    state = _session_of(session.config)
+    if state is None:
+        if users and not session.config.option.collectonly:
+            message = (
+                f"{users[0].nodeid} asks for a msprobe fixture and there is no "
+                "configuration; add --msprobe-config FILE"
+            )
+            raise pytest.UsageError(message)
+        return
+    state.users = {item.nodeid for item in users}
+    state.is_selection |= any("::" in argument for argument in session.config.args)
+    try:
+        for item in session.items:
+            if item in users or item.get_closest_marker(MARKER) is not None:
+                needs_engine = "msprobe_engine" in _fixture_names(item)
+                state.validate(item, needs_engine=needs_engine)
+    except MsprobeError as error:
+        message = str(error)
+    else:
+        return
+    raise pytest.UsageError(message)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Judges what the test recorded, once its own code has passed."""
-    result = yield
-    session = item.config.stash.get(SESSION, None)
-    if session is not None and _FIXTURES & _fixture_names(item):
-        try:
+    session = _session_of(item.config)
+    try:
+        result = yield
+        if session is not None:
             session.finish_call(item)
-        except MsprobeError as error:
-            pytest.fail(str(error), pytrace=False)
+    finally:
+        if session is not None:
+            session.end_call(item)
     return result
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Writes goldens of tests that passed; shortens our own errors to one line."""
     report = yield
-    session = item.config.stash.get(SESSION, None)
-    if session is None or not _FIXTURES & _fixture_names(item):
+    session = _session_of(item.config)
+    if session is None or not session.is_used_by(item):
         return report
-    if call.excinfo is not None and isinstance(call.excinfo.value, MsprobeError):
-        report.longrepr = str(call.excinfo.value)
-    crash = getattr(report.longrepr, "reprcrash", None)
-    if crash is not None and isinstance(call.excinfo.value, pytest.fail.Exception):  # type: ignore[union-attr]
-        # pytest's short summary then starts with the module.
-        crash.message = crash.message.removeprefix("Failed: ")
-    if report.when == "call" and report.passed:
+    if report.failed and call.excinfo is not None:
+        _shorten(item, report, call.excinfo)
+    # A part of a test (subtests) has a report of its own, before the test has ended.
+    if report.when == "call" and report.passed and session.state_of(item).is_ended:
         try:
             session.commit(item)
         except MsprobeError as error:
             report.outcome, report.longrepr = "failed", str(error)
-    if report.when == "call":
-        session.abandon(item)
+    if report.when == "teardown":
+        session.forget(item)
     return report
+
+
+def _shorten(
+    item: pytest.Item,
+    report: pytest.TestReport,
+    excinfo: pytest.ExceptionInfo[BaseException],
+) -> None:
+    """Makes an error of ours one line, which pytest's short summary then starts with.
+
+    Args:
+        item: The test.
+        report: Of one of its phases, which failed.
+        excinfo: Why.
+    """
+    error = excinfo.value
+    if isinstance(error, MsprobeError):
+        text = "\n".join((str(error), *getattr(error, "__notes__", ())))
+        error = pytest.fail.Exception(text, pytrace=False)
+        excinfo = pytest.ExceptionInfo.from_exc_info((type(error), error, excinfo.tb))
+        report.longrepr = item.repr_failure(excinfo)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and isinstance(error, pytest.fail.Exception):
+        crash.message = crash.message.removeprefix("Failed: ")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends the engines and says where the run lies, to a command that asked."""
-    state = session.config.stash.get(SESSION, None)
+    state = _session_of(session.config)
     if state is None:
         return
     state.stop_engines()
     pointer = os.environ.get(_POINTER)
     if pointer:
         Path(pointer).write_text(str(state.run_folder), encoding="utf-8")
-    if session.exitstatus in (0, 1) and state.unmatched_rules():
+    if session.exitstatus == 0 and state.unmatched_rules() and state.is_complete():
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
@@ -194,7 +246,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Prints the verdicts of tests that passed, what was written, where files lie."""
-    state = config.stash.get(SESSION, None)
+    state = _session_of(config)
     if state is None or not (state.verdicts or state.written):
         return
     from pytest_msprobe.report.terminal import render_green
@@ -204,8 +256,19 @@ def pytest_terminal_summary(
     for verdict in state.verdicts:
         if verdict.is_green:
             write(render_green(verdict))
+    limit = state.settings.golden.size_warning_bytes
     for path in state.written:
-        write(f"golden written: {path} ({path.stat().st_size} bytes)")
+        size = path.stat().st_size
+        write(f"golden written: {path} ({size} bytes)")
+        if size > limit:
+            text = f"more than golden.size_warning_bytes, {limit}; record fewer "
+            write(f"WARNING: {path}: {text}decode_steps or level L0", yellow=True)
+    for path in state.removed:
+        write(f"golden removed: {path}")
+    is_complete = state.is_complete()
     for line in state.unmatched_rules():
-        write(f"ERROR: {line}", red=True)
+        if is_complete:
+            write(f"ERROR: {line}", red=True)
+        else:
+            write(f"WARNING: {line}; not all tests were judged", yellow=True)
     write(f"run: {state.run_folder}")

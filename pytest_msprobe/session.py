@@ -4,22 +4,27 @@
 Importing this module is cheap; what is heavy is imported where it is used.
 """
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from pytest_msprobe.errors import CaptureError, ConfigError, MsprobeError
+from pytest_msprobe.errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
     from pytest_msprobe.config.settings import Settings
     from pytest_msprobe.dump.capture import CaptureFile
+    from pytest_msprobe.engine.client import Conversation
     from pytest_msprobe.golden.guard import UpdateMode
     from pytest_msprobe.model.limits import Rule
     from pytest_msprobe.model.verdict import Verdict
@@ -38,6 +43,7 @@ class Capture:
         folder: Where its files lie.
         files: Capture files by rank, once it has ended.
         is_checked: Whether it has been judged.
+        is_automatic: Whether `msprobe_engine` started it, not the test.
     """
 
     session: "MsprobeSession"
@@ -48,18 +54,21 @@ class Capture:
     files: list[Path] = field(default_factory=list)
     is_checked: bool = False
     is_open: bool = False
+    is_automatic: bool = False
 
     def __enter__(self) -> Self:
         """Starts recording."""
-        from pytest_msprobe.engine.client import start_capture
+        from pytest_msprobe.engine.client import converse
 
-        options = self.session.options_of(self.item)
-        start_capture(
-            self.llm,
-            options.config,
-            self.folder,
-            decode_steps=options.decode_steps,
-        )
+        converse(self.llm, self._start())
+        self.is_open = True
+        return self
+
+    async def __aenter__(self) -> Self:
+        """Starts recording on an asynchronous engine (`AsyncLLM`)."""
+        from pytest_msprobe.engine.client import converse_async
+
+        await converse_async(self.llm, self._start())
         self.is_open = True
         return self
 
@@ -70,21 +79,70 @@ class Capture:
         trace: TracebackType | None,
     ) -> None:
         """Ends recording; an error of the block is not hidden by one of ours."""
+        if error is not None:
+            self._note_ranks(error)
         try:
             self.close()
-        except MsprobeError:
+        except Exception:
+            if error is None:
+                raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends recording on an asynchronous engine."""
+        from pytest_msprobe.engine.client import converse_async, stop_capture
+
+        if error is not None:
+            self._note_ranks(error)
+        self.is_open = False
+        try:
+            self._take(await converse_async(self.llm, stop_capture(self.item.nodeid)))
+        except Exception:
             if error is None:
                 raise
 
     def close(self) -> None:
         """Ends recording and notes the files."""
-        from pytest_msprobe.engine.client import stop_capture
+        from pytest_msprobe.engine.client import converse, stop_capture
 
         if not self.is_open:
             return
         self.is_open = False
-        replies = stop_capture(self.llm, self.item.nodeid)
+        self._take(converse(self.llm, stop_capture(self.item.nodeid)))
+
+    def _start(self) -> "Conversation":
+        from pytest_msprobe.engine.client import start_capture
+
+        options = self.session.options_of(self.item)
+        return start_capture(
+            options.config, self.folder, decode_steps=options.decode_steps
+        )
+
+    def _take(self, replies: list[dict[str, Any]]) -> None:
         self.files = [Path(reply["file"]) for reply in replies]
+
+    def _note_ranks(self, error: BaseException) -> None:
+        """Adds to an error where each rank of an engine in other processes stood."""
+        from pytest_msprobe.engine.faults import clear_progress, describe_ranks
+
+        for line in describe_ranks(self.folder):
+            error.add_note(f"msprobe: {line}")
+        if any(" died " in note for note in getattr(error, "__notes__", ())):
+            clear_progress(self.folder)
+
+    def discard(self) -> None:
+        """Ends recording and forgets what was recorded."""
+        from pytest_msprobe.engine.client import ask_workers, converse
+
+        if self.is_open:
+            self.is_open = False
+            folder = str(self.folder.resolve())
+            converse(self.llm, ask_workers("abandon", folder=folder))
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self) -> None:
         """Judges the capture against its golden.
@@ -109,12 +167,19 @@ class TestOptions:
 
 @dataclass(slots=True)
 class TestState:
-    """What one running test has done so far."""
+    """What one running test has done so far; it has one if it asked for a fixture.
+
+    Attributes:
+        captures: In the order in which they were made.
+        pending: Goldens to write once the test has passed; None removes one.
+        is_ended: Whether the test's own code has ended.
+    """
 
     __test__ = False
 
     captures: list[Capture] = field(default_factory=list)
-    pending: list[tuple[Path, bytes]] = field(default_factory=list)
+    pending: list[tuple[Path, bytes | None]] = field(default_factory=list)
+    is_ended: bool = False
 
 
 class MsprobeSession:
@@ -125,6 +190,9 @@ class MsprobeSession:
         update: Which goldens are written, None for none.
         verdicts: All verdicts so far.
         written: Goldens written.
+        removed: Goldens removed.
+        users: Node ids of the collected tests that ask for our fixtures.
+        is_selection: Whether tests were left out when they were collected.
     """
 
     def __init__(
@@ -134,12 +202,16 @@ class MsprobeSession:
         self.update = update
         self.verdicts: list[Verdict] = []
         self.written: list[Path] = []
+        self.removed: list[Path] = []
+        self.users: set[str] = set()
+        self.is_selection = False
         self._config = config
         self._states: dict[str, TestState] = {}
         self._engines: dict[str, Any] = {}
-        self._unmatched: dict[str, Rule] = {}
-        self._matched: set[str] = set()
+        self._matched: set[int] = set()
         self._row_names: list[str] = []
+        self._judged_tests: set[str] = set()
+        self._judged_folders: set[Path] = set()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.run_folder = self._runs_root() / f"{stamp}-{os.getpid()}"
 
@@ -152,8 +224,24 @@ class MsprobeSession:
     # Tests ---------------------------------------------------------------------
 
     def state_of(self, item: pytest.Item) -> TestState:
-        """State of a running test."""
+        """State of a running test that asks for one of our fixtures."""
         return self._states.setdefault(item.nodeid, TestState())
+
+    def is_used_by(self, item: pytest.Item) -> bool:
+        """Whether a running test has asked for one of our fixtures, in any way."""
+        return item.nodeid in self._states
+
+    def validate(self, item: pytest.Item, *, needs_engine: bool) -> None:
+        """Checks the settings of a test before any test runs.
+
+        Raises:
+            MsprobeError: They are wrong, or `msprobe_engine` has no model.
+        """
+        from pytest_msprobe.engine.launch import engine_arguments
+
+        options = self.options_of(item)
+        if needs_engine:
+            engine_arguments(options.engine, f"{self.settings.path}: engine")
 
     def options_of(self, item: pytest.Item) -> TestOptions:
         """Settings of a test.
@@ -187,14 +275,28 @@ class MsprobeSession:
                 elif key == "decode_steps":
                     steps = _check_steps(value, where)
                 elif key == "engine":
-                    engine.update(_check_mapping(value, f"{where}: engine"))
+                    engine.update(_check_engine(value, f"{where}: engine"))
                 else:
                     rules.append(_marker_rule(item, value, where))
         return TestOptions(config, steps, engine, tuple(rules))
 
     def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:
-        """A capture for a test; the second and later ones of a test need names."""
-        captures = self.state_of(item).captures
+        """A capture for a test; the second and later ones of a test need names.
+
+        The first one discards what is being recorded automatically: a test that
+        captures decides itself what is judged.
+
+        Raises:
+            CaptureError: The name is taken, or the test has been judged already.
+        """
+        state = self.state_of(item)
+        captures = state.captures
+        if state.is_ended:
+            message = f"{item.nodeid}: capture after the test has been judged"
+            hint = "capture in the test, or in a fixture before it yields"
+            raise CaptureError(message, slug="late-capture", hint=hint)
+        if captures and captures[0].is_automatic and captures[0].is_open:
+            captures.pop(0).discard()
         if name is None:
             name = "" if not captures else f"capture{len(captures) + 1}"
         if any(capture.name == name for capture in captures):
@@ -204,6 +306,19 @@ class MsprobeSession:
         capture = Capture(self, item, llm, name, folder)
         captures.append(capture)
         return capture
+
+    def record_automatically(self, item: pytest.Item, llm: Any) -> None:
+        """Records an engine from now until the test's code has ended.
+
+        Args:
+            item: A test; nothing is done if it has captured already.
+            llm: The engine.
+        """
+        if self.state_of(item).captures:
+            return
+        capture = self.new_capture(item, llm, None)
+        capture.is_automatic = True
+        capture.__enter__()
 
     def _place(self, item: pytest.Item, name: str) -> list[str]:
         """Test file and test name, as folder names below a root."""
@@ -215,29 +330,53 @@ class MsprobeSession:
         return [*(p for p in path.parts if p not in ("..", "/")), safe_name(test)]
 
     def finish_call(self, item: pytest.Item) -> None:
-        """After the test's own code has passed: judges what it did not judge itself."""
-        for capture in self.state_of(item).captures:
+        """After the test's own code has passed: judges what it did not judge itself.
+
+        Raises:
+            CaptureError: The test asked for `msprobe` and recorded nothing.
+        """
+        if not self.is_used_by(item):
+            return
+        captures = self.state_of(item).captures
+        if not captures:
+            message = f"{item.nodeid}: asks for msprobe and captured nothing"
+            hint = "record with msprobe.capture(llm), or leave the fixture out"
+            raise CaptureError(message, slug="no-capture", hint=hint)
+        for capture in captures:
             capture.close()
             if not capture.is_checked:
                 self.check(capture)
 
-    def abandon(self, item: pytest.Item) -> None:
-        """Ends captures that a failed test left open."""
-        import contextlib
+    def end_call(self, item: pytest.Item) -> None:
+        """After the test's own code has ended, well or not: no capture goes on."""
+        if self.is_used_by(item):
+            self.state_of(item).is_ended = True
+            self._end_captures(item)
 
-        state = self._states.pop(item.nodeid, None)
-        for capture in state.captures if state else ():
+    def forget(self, item: pytest.Item) -> None:
+        """After a test's teardown; if its set-up failed, captures may be open yet."""
+        if self.is_used_by(item):
+            self._end_captures(item)
+            del self._states[item.nodeid]
+
+    def _end_captures(self, item: pytest.Item) -> None:
+        for capture in self.state_of(item).captures:
             with contextlib.suppress(Exception):
                 capture.close()
 
     def commit(self, item: pytest.Item) -> None:
         """Writes the goldens of a test that has passed."""
-        from pytest_msprobe.golden.store import write_bytes
+        from pytest_msprobe.golden.store import remove, write_bytes
 
+        locks = self.settings.root / ".msprobe" / "locks"
         state = self.state_of(item)
         for path, content in state.pending:
-            write_bytes(path, content, self.settings.root / ".msprobe" / "locks")
-            self.written.append(path)
+            if content is None:
+                remove(path, locks)
+                self.removed.append(path)
+            else:
+                write_bytes(path, content, locks)
+                self.written.append(path)
         state.pending.clear()
 
     # Engines -------------------------------------------------------------------
@@ -277,7 +416,6 @@ class MsprobeSession:
         """
         from pytest_msprobe.dump.capture import read_capture
         from pytest_msprobe.golden.guard import is_written
-        from pytest_msprobe.report.record import write_verdict
         from pytest_msprobe.report.terminal import render_failure
 
         if capture.is_open:
@@ -289,21 +427,64 @@ class MsprobeSession:
             message = f"{capture.item.nodeid}: the capture has no files to judge"
             raise CaptureError(message, slug="empty-capture")
         capture.is_checked = True
+        absent = self._absent_ranks(capture)
         failures = []
         for path in capture.files:
             recorded = read_capture(path)
             verdict = self._judge(capture, recorded)
+            if absent:
+                _fail_for_ranks(verdict, sorted(absent))
+                absent = {}
             self.verdicts.append(verdict)
-            suffix = f".rank{verdict.rank}" if verdict.rank else ""
-            write_verdict(verdict, capture.folder / f"verdict{suffix}.json")
+            self._write_verdict(verdict, capture)
             if self.update is not None and is_written(self.update, verdict.status):
                 self._prepare_golden(capture, recorded)
             elif not verdict.is_green:
                 failures.append(verdict)
+        self._judged_tests.add(capture.item.nodeid)
+        self._judged_folders.add(self._golden_folder(capture))
         if failures:
             command = self.update_command(capture.item, failures[0])
             text = render_failure(failures[0], update_command=command)
             pytest.fail(text, pytrace=False)
+
+    def _absent_ranks(self, capture: Capture) -> dict[int, Path]:
+        """Goldens of ranks that were not recorded although they should have been.
+
+        An update that rewrites failing goldens removes them instead.
+        """
+        from pytest_msprobe.dump.capture import read_header
+        from pytest_msprobe.golden.guard import is_written
+        from pytest_msprobe.golden.variants import choose, ranks_of
+
+        folder = self._golden_folder(capture)
+        headers = [read_header(path) for path in capture.files]
+        choices = [choose(folder, header.key, header.rank) for header in headers]
+        absent: dict[int, Path] = {}
+        for variant in {choice.variant for choice in choices if choice.path}:
+            absent.update(ranks_of(folder, variant))
+        selected = self.options_of(capture.item).config.rank
+        recorded = {header.rank for header in headers}
+        for rank in list(absent):
+            if rank in recorded or (selected and rank not in selected):
+                del absent[rank]
+        if self.update is not None and is_written(self.update, "fail"):
+            pending = self.state_of(capture.item).pending
+            pending += [(path, None) for path in absent.values()]
+            return {}
+        return absent
+
+    def _write_verdict(self, verdict: "Verdict", capture: Capture) -> None:
+        from pytest_msprobe.report.record import write_verdict
+
+        suffix = f".rank{verdict.rank}" if verdict.rank else ""
+        path = capture.folder / f"verdict{suffix}.json"
+        try:
+            write_verdict(verdict, path)
+        except OSError as error:
+            message = f"{path}: cannot be written ({error.strerror or error})"
+            hint = "free space or make it writable, or change dump_path"
+            raise CaptureError(message, slug="verdict-write", hint=hint) from error
 
     def _judge(self, capture: Capture, recorded: "CaptureFile") -> "Verdict":
         from pytest_msprobe.compare.judge import judge
@@ -315,6 +496,7 @@ class MsprobeSession:
         folder = self._golden_folder(capture)
         choice = choose(folder, header.key, header.rank)
         if choice.path is None:
+            self._match_rules(recorded)
             return Verdict(
                 test=capture.item.nodeid,
                 status="missing",
@@ -323,10 +505,9 @@ class MsprobeSession:
                 key=header.key,
                 rank=header.rank,
             )
-        rules = self.options_of(capture.item).rules
-        judgement = judge(read_capture(choice.path), recorded, rules)
-        self._note_rules(rules, judgement.unmatched, judgement.names)
-        return judgement.verdict
+        golden = read_capture(choice.path)
+        self._match_rules(golden, recorded)
+        return judge(golden, recorded, self.options_of(capture.item).rules).verdict
 
     def _golden_folder(self, capture: Capture) -> Path:
         place = self._place(capture.item, capture.name)
@@ -344,30 +525,74 @@ class MsprobeSession:
     def update_command(self, item: pytest.Item, verdict: "Verdict") -> str:
         """The exact command that writes a test's golden."""
         mode = "new" if verdict.status == "missing" else "failing"
-        path = os.path.relpath(self.settings.path, self._config.invocation_params.dir)
-        node = item.nodeid
+        here = self._config.invocation_params.dir
+        path = os.path.relpath(self.settings.path, here)
+        _, colons, name = item.nodeid.partition("::")
+        node = f"{os.path.relpath(item.path, here)}{colons}{name}"
         parts = ["pytest", "--msprobe-config", path, f"--msprobe-update={mode}", node]
         return shlex.join(parts)
 
-    def _note_rules(
-        self, rules: tuple["Rule", ...], unmatched: list["Rule"], names: list[str]
-    ) -> None:
-        missing = {rule.origin for rule in unmatched}
-        self._matched.update(
-            rule.origin for rule in rules if rule.origin not in missing
+    # Rules ---------------------------------------------------------------------
+
+    def _match_rules(self, *captures: "CaptureFile") -> None:
+        """Notes which rules match a row of a golden or of what was recorded."""
+        rules = self.settings.rules
+        unmatched = set(range(len(rules))) - self._matched
+        self._matched |= {index for index in unmatched if rules[index].rows == "*"}
+        unmatched -= self._matched
+        if not unmatched:
+            return
+        names = dict.fromkeys(
+            name for capture in captures for name in _row_names(capture)
         )
-        self._unmatched.update({rule.origin: rule for rule in unmatched})
-        self._row_names = names or self._row_names
+        self._row_names = list(names) or self._row_names
+        for index in unmatched:
+            if any(fnmatchcase(name, rules[index].rows) for name in names):
+                self._matched.add(index)
 
     def unmatched_rules(self) -> list[str]:
         """One line for each rule whose glob matched no row of any test."""
         from pytest_msprobe.compare.tolerance import unmatched_error
 
+        if not self._judged_tests:
+            return []
         return [
             str(unmatched_error(rule, self._row_names))
-            for origin, rule in self._unmatched.items()
-            if origin not in self._matched
+            for index, rule in enumerate(self.settings.rules)
+            if index not in self._matched
         ]
+
+    def is_complete(self) -> bool:
+        """Whether all tests were judged, so that a rule without rows is a mistake.
+
+        Not where tests were selected, where a test that asks for our fixtures was not
+        judged, or where a golden lies for which no test of this run was judged.
+        """
+        goldens = self.settings.golden.directory.rglob("*.jsonl")
+        return (
+            not self.is_selection
+            and self.users <= self._judged_tests
+            and {path.parent for path in goldens} <= self._judged_folders
+        )
+
+
+def _row_names(capture: "CaptureFile") -> Iterator[str]:
+    """Names that globs in rules are matched with, of all rows of a capture."""
+    from pytest_msprobe.model.verdict import RowId
+
+    for step, call in capture.calls():
+        for slots in (call.i, call.o):
+            for slot, ids in slots.items():
+                for number in ids:
+                    yield RowId(call.c, slot, capture.tensors[number].g, step).text
+
+
+def _fail_for_ranks(verdict: "Verdict", ranks: list[int]) -> None:
+    """Makes a verdict one that fails because ranks of its golden are missing."""
+    if verdict.is_green:
+        verdict.status = "fail"
+    for rank in ranks:
+        verdict.reasons.append(f"rank {rank} has a golden and was not recorded")
 
 
 def _check_steps(value: Any, where: str) -> int:
@@ -380,10 +605,18 @@ def _check_steps(value: Any, where: str) -> int:
 
 
 def _check_mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        message = f"{where}: expected a dict, found {value!r}"
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        message = f"{where}: expected a dict with texts as keys, found {value!r}"
         raise ConfigError(message, slug="marker")
     return value
+
+
+def _check_engine(value: Any, where: str) -> dict[str, Any]:
+    from pytest_msprobe.config.settings import check_eager
+
+    arguments = _check_mapping(value, where)
+    check_eager(arguments, f"{where}.enforce_eager")
+    return arguments
 
 
 def _marker_rule(item: pytest.Item, value: Any, where: str) -> "Rule":
@@ -395,8 +628,9 @@ def _marker_rule(item: pytest.Item, value: Any, where: str) -> "Rule":
             known = ", ".join(LIMIT_NAMES)
             message = f"{where}: tolerances: {name}: unknown metric; known: {known}"
             raise ConfigError(message, slug="marker")
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 0:
-            message = f"{where}: tolerances: {name}: expected a number >= 0"
+        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if not is_number or not limit >= 0:
+            message = f"{where}: tolerances: {name} {limit!r}: expected a number >= 0"
             raise ConfigError(message, slug="marker")
     line = item.location[1]
     origin = f"{Path(item.location[0]).name}:{(line or 0) + 1}"

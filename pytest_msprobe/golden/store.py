@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes and removes goldens: a temporary file in the same folder, fsync, rename, under a lock."""
+"""Writes goldens: a temporary file in the same folder, fsync, rename, under a lock."""
 
 import contextlib
 import hashlib

@@ -2,6 +2,7 @@
 """Options and usage errors: one line, exit code 4, no traceback."""
 
 import pytest
+from plugin_project import assert_usage_error
 
 USER = """
 def test_a(msprobe):
@@ -23,22 +24,49 @@ def run(pytester, *arguments, config="capture: {level: L0}\n", test=USER):
     return pytester.runpytest_subprocess(*arguments)
 
 
-def assert_usage_error(result, *phrases):
-    """Exit code 4, one error line with these phrases, no traceback."""
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    text = result.stderr.str() + result.stdout.str()
-    assert "Traceback" not in text
-    lines = [line for line in text.splitlines() if line.startswith("ERROR:")]
-    assert len(lines) == 1, text
-    for phrase in phrases:
-        assert phrase in lines[0]
-
-
 def test_fixture_without_configuration_is_a_usage_error(pytester):
     """A test that asks for a fixture and no configuration is never a silent pass."""
     result = run(pytester, config=None)
 
     assert_usage_error(result, "test_project.py::test_a", "--msprobe-config FILE")
+
+
+NOT_SELECTED = [
+    ["-k", "plain"],
+    ["-m", "not slow"],
+    ["--deselect", "test_project.py::test_a"],
+    ["test_project.py::test_plain"],
+    ["--collect-only"],
+]
+
+
+@pytest.mark.parametrize("arguments", NOT_SELECTED, ids=lambda a: a[0])
+@pytest.mark.parametrize("marker", ["slow", "msprobe(level='L9')"])
+def test_tests_that_do_not_run_need_no_configuration(pytester, arguments, marker):
+    """A deselected test that asks for a fixture does not stop the others."""
+    pytester.makeini("[pytest]\nmarkers = slow\n")
+    test = (
+        f"import pytest\n\n@pytest.mark.slow\n@pytest.mark.{marker}\n"
+        "def test_a(msprobe):\n    pass\n\ndef test_plain():\n    pass\n"
+    )
+
+    result = run(pytester, *arguments, config=None, test=test)
+
+    assert result.ret == 0
+    if arguments[0] != "--collect-only":
+        result.assert_outcomes(passed=1, deselected=int(arguments[0][0] == "-"))
+
+
+def test_settings_of_deselected_tests_are_not_checked(pytester):
+    """A wrong marker of a test that does not run does not stop the others."""
+    test = (
+        "import pytest\n\n@pytest.mark.msprobe(level='L9')\n"
+        "def test_a(msprobe_engine):\n    pass\n\ndef test_plain():\n    pass\n"
+    )
+    options = ["--msprobe-config", "msprobe.yaml"]
+
+    assert run(pytester, *options, "-k", "plain", test=test).ret == 0
+    assert_usage_error(run(pytester, *options, test=test), "level 'L9'")
 
 
 def test_missing_configuration_file(pytester):
@@ -89,7 +117,7 @@ def test_update_is_refused_in_ci(pytester, monkeypatch):
 
 
 def test_engine_fixture_needs_a_model(pytester):
-    """msprobe_engine without engine.model says where to name one."""
+    """msprobe_engine without engine.model says where to name one, before any test."""
     result = run(
         pytester,
         "--msprobe-config",
@@ -97,9 +125,9 @@ def test_engine_fixture_needs_a_model(pytester):
         test="def test_a(msprobe_engine):\n    pass\n",
     )
 
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*engine: model: not set*"])
-    assert "Traceback" not in result.stdout.str()
+    assert_usage_error(result, "msprobe.yaml: engine: model: not set")
+    assert "collected" in result.stdout.str()
+    assert "passed" not in result.stdout.str()
 
 
 @pytest.mark.parametrize(
@@ -110,13 +138,15 @@ def test_engine_fixture_needs_a_model(pytester):
         ("engine=3", "engine: expected a dict"),
         ("decode_steps=-1", "decode_steps -1"),
         ("tolerances={'rel_l3': 1}", "rel_l3: unknown metric"),
-        ("tolerances={'max': -1}", "max: expected a number"),
+        ("tolerances={'max': -1}", "max -1: expected a number"),
+        ("tolerances={'max': float('nan')}", "max nan: expected a number"),
+        ("engine={'model': 'x', 1: 2}", "engine: expected a dict with texts"),
         ("'L0'", "expected keyword arguments"),
         ("engine={'enforce_eager': False}", "nothing can be recorded"),
     ],
 )
 def test_bad_markers(pytester, marker, phrase):
-    """A wrong marker is reported in one line with the test's name."""
+    """A wrong marker is a usage error in one line with the test's name."""
     result = run(
         pytester,
         "--msprobe-config",
@@ -129,10 +159,22 @@ def test_bad_markers(pytester, marker, phrase):
         config="engine: {model: x}\n",
     )
 
-    text = result.stdout.str() + result.stderr.str()
-    assert result.ret in (1, 4)
-    assert phrase in text
-    assert "Traceback" not in text
+    assert_usage_error(result, "test_project.py::test_a: @pytest.mark.msprobe", phrase)
+
+
+@pytest.mark.parametrize("fixture", ["msprobe", "request"])
+def test_bad_markers_without_the_engine_fixture(pytester, fixture):
+    """A wrong marker is found for every test that has one, whatever it asks for."""
+    test = (
+        "import pytest\n@pytest.mark.msprobe(engine={'enforce_eager': False})\n"
+        f"def test_a({fixture}):\n    pass\n"
+    )
+
+    result = run(pytester, "--msprobe-config", "msprobe.yaml", test=test)
+
+    assert_usage_error(
+        result, "@pytest.mark.msprobe: engine.enforce_eager: expected true"
+    )
 
 
 def test_check_without_capture_fails(pytester):
@@ -170,7 +212,8 @@ def test_an_engine_that_listens_to_nobody_is_explained(pytester):
         test="""
 class Engine:
     def collective_rpc(self, method, args):
-        raise AttributeError(f"no attribute {method!r}")
+        assert method == "__dir__"
+        return [["__dir__"]]
 
 def test_a(msprobe):
     with msprobe.capture(Engine()):
@@ -179,7 +222,8 @@ def test_a(msprobe):
     )
 
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*do not listen to pytest-msprobe*MSPROBE_ATTACH*"])
+    result.stdout.fnmatch_lines(["*asked to attach; *MSPROBE_ATTACH=1*"])
+    assert "collective_rpc" not in result.stdout.str()
 
 
 def test_header_names_the_configuration(pytester):

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stands where vLLM would in tests of the pytest plugin that need no model's numbers.
+
+Its engine answers the plugin's calls as workers do and writes real capture files; what
+it "computes" are fixed arrays.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import captures
+import numpy as np
+
+from pytest_msprobe.dump.capture import encode
+
+METHOD = "msprobe_control"
+
+
+class LLM:
+    """An engine with `ranks` workers; `broken` is why it cannot start."""
+
+    def __init__(self, ranks=1, broken=None, **arguments):
+        if broken:
+            raise ValueError(broken)
+        self.ranks = ranks
+        self.arguments = arguments
+        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: False)
+        self._folder = None
+        self._config = {}
+        self._steps = []
+
+    def generate(self, layer="layer", factor=1.0):
+        """One step of a model with one layer; a fault multiplies what it gives."""
+        if self._folder is not None:
+            self._steps.append((layer, factor))
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        """One reply a rank."""
+        if method == "__dir__":
+            return [[METHOD]] * self.ranks
+        assert method == METHOD
+        request = json.loads(args[0])
+        action = getattr(self, f"_{request.pop('action')}")
+        return action(**request)
+
+    def _start(self, folder, config, **_more):
+        if self._folder is not None:
+            error = "a capture is already running on this engine; end it first"
+            return [{"ok": False, "error": error, "slug": "double-start"}] * self.ranks
+        self._folder, self._config, self._steps = Path(folder), config, []
+        return [
+            {"ok": True, "rank": rank, "recording": self._is_wanted(rank)}
+            for rank in range(self.ranks)
+        ]
+
+    def _stop(self, test, **_more):
+        folder, self._folder = self._folder, None
+        return [self._stop_rank(folder, test, rank) for rank in range(self.ranks)]
+
+    def _abandon(self, folder, **_more):
+        assert Path(folder) == self._folder.resolve()
+        self._folder = None
+        return [{"ok": True, "recording": True}] * self.ranks
+
+    def _is_wanted(self, rank):
+        return not self._config["rank"] or rank in self._config["rank"]
+
+    def _stop_rank(self, folder, test, rank):
+        if folder is None or not self._is_wanted(rank):
+            return {"ok": True, "rank": rank, "recording": False}
+        calls = []
+        for number, (layer, factor) in enumerate(self._steps):
+            x = np.linspace(-1.0, 1.0, 32).reshape(4, 8)
+            slots = {"input_args.0": x}, {"output.0": x * 2 * factor}
+            calls.append((captures.module(layer, number=number), 0, *slots))
+        capture = captures.capture(calls, test=test, rank=rank)
+        path = folder / f"capture.rank{rank}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [*capture.tensors.values(), *capture.entries]
+        path.write_bytes(encode(capture.header, lines))
+        count = len(self._steps)
+        return {
+            "ok": True,
+            "rank": rank,
+            "recording": True,
+            "file": str(path),
+            "steps": count,
+            "rows": 2 * count,
+        }
