@@ -40,6 +40,7 @@ def test_automatic(msprobe_engine):
     run(msprobe_engine)
 
 def test_unchecked(msprobe_engine, msprobe):
+    run(msprobe_engine, "what comes before a capture is not judged")
     with msprobe.capture(msprobe_engine):
         run(msprobe_engine)
 
@@ -157,6 +158,22 @@ def test_second_run_is_green_and_leaves_a_run(project):
         in json.loads((mix / "step0" / "rank0" / "dump.json").read_text())["data"]
     )
     assert not (mix / "step2").exists()
+
+
+def test_a_capture_discards_what_was_recorded_before(project):
+    """Of a test that captures only its captures are in the golden."""
+    folders = [
+        project.folder / "golden" / "test_project.py" / name
+        for name in ("test_explicit", "test_unchecked")
+    ]
+
+    explicit, unchecked = (
+        json.loads(next(folder.glob("*.jsonl")).read_text().splitlines()[0])
+        for folder in folders
+    )
+
+    assert len(unchecked["requests"]) == 1
+    assert unchecked["requests"] == explicit["requests"]
 
 
 BROKEN = """
