@@ -57,11 +57,12 @@ def capture(calls, *, requests=(), key=KEY, steps=1, **header):
     """A capture from calls in the order of their ends.
 
     Args:
-        calls: (name, depth, inputs, outputs), slots as dicts of arrays, or of
-            (segment, array) pairs.
+        calls: (name, depth, inputs, outputs), slots as dicts of arrays, or of lists of
+            (segment, array) or (segment, array, class), class `s` for sample-major.
         requests: Requests of the header.
         key: Numerics key.
-        steps: The calls are repeated so many times.
+        steps: The calls are repeated so many times: the prefill of a prompt of 4
+            tokens, then decode steps.
         header: Other fields of the header.
     """
     fields = {"signature": SIGNATURE, **header}
@@ -71,24 +72,28 @@ def capture(calls, *, requests=(), key=KEY, steps=1, **header):
         )
     )
     for step in range(steps):
-        result.entries.append(StepLine(step, 4, [(0, 4, 0)]))
+        result.entries.append(step_line(step))
         for name, depth, inputs, outputs in calls:
             line = CallLine(name, depth)
             for slots, target in ((inputs, line.i), (outputs, line.o)):
                 for slot, value in slots.items():
                     pairs = value if isinstance(value, list) else [("0.prompt", value)]
-                    target[slot] = [
-                        _add(result, array, step, segment) for segment, array in pairs
-                    ]
+                    target[slot] = [_add(result, step, *pair) for pair in pairs]
             result.entries.append(line)
     return result
 
 
-def _add(result, array, step, segment):
+def step_line(step, label=0):
+    """A step with one request: its prefill of 4 tokens, or a decode step."""
+    rows, position = (1, 3 + step) if step else (4, 0)
+    return StepLine(step, rows, [(label, rows, position)])
+
+
+def _add(result, step, segment, array, kind=None):
     number = len(result.tensors)
     if step and segment:
         segment = f"0.g{step}"
-    kind = "t" if segment else "n"
+    kind = kind or ("t" if segment else "n")
     result.tensors[number] = tensor_line(number, array, segment=segment, kind=kind)
     return number
 

@@ -5,227 +5,232 @@ Descend from the root. Inside a disagreeing call take the first disagreement amo
 children's inputs and outputs, in time order: an input means that this call's own code
 is the origin, an output means to descend into that child, none means this call. A leaf
 whose output error is below DRIFT times its input error is no origin but drift.
+
+Only rows that are judged disagree. Across keys the inputs of modules are not judged;
+they only tell, once a child's output disagrees, whether its input did so before.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Key, key_of, places_of
-from pytest_msprobe.dump.capture import CallLine, CaptureFile
+from pytest_msprobe.compare.match import Pairs
+from pytest_msprobe.dump.capture import CallLine
 from pytest_msprobe.model.names import parse_call_name
-from pytest_msprobe.model.verdict import Divergence, DivergenceKind, Finding
+from pytest_msprobe.model.verdict import Divergence, DivergenceKind, Finding, portable
 
 DRIFT = 3.0
+ROOT = -1
+_F64 = npt.NDArray[np.float64]
+_I64 = npt.NDArray[np.int64]
+_Bools = npt.NDArray[np.bool_]
+Weights = dict[str, dict[str, str]]
 
 
 class RowErrors(Protocol):
     """Errors of the paired rows by index.
 
     Attributes:
-        ratio: Worst observed / allowed of each row.
-        rel_l2: Relative L2 error of each row.
+        ratio: Worst observed / allowed of each row, 0 where it may not be used.
+        rel_l2: Relative L2 error of each row, likewise.
     """
 
-    ratio: npt.NDArray[np.float64]
-    rel_l2: npt.NDArray[np.float64]
+    ratio: _F64
+    rel_l2: _F64
 
     def finding(self, i: int) -> Finding:
         """Worst metric of a row."""
 
 
 @dataclass(slots=True)
-class Node:
-    """A call with its children, both in execution order.
+class Side:
+    """Pairs in the input or the output slots of calls, sorted by call.
 
     Attributes:
-        line: The call, None for the root over all steps.
-        inputs: Indices of its paired input rows.
-        outputs: Indices of its paired output rows.
-        children: Calls made inside it.
+        calls: (m,) call.
+        pairs: (m,) pair.
     """
 
-    line: CallLine | None
-    inputs: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-    children: list["Node"] = field(default_factory=list)
+    calls: _I64
+    pairs: _I64
 
-    @property
-    def name(self) -> str:
-        """Name of the call; empty for the root."""
-        return self.line.c if self.line is not None else ""
+    def of(self, call: int) -> _I64:
+        """Pairs of one call, in the order of its slots."""
+        first, last = np.searchsorted(self.calls, [call, call + 1])
+        found: _I64 = self.pairs[first:last]
+        return found
 
-
-def build_tree(capture: CaptureFile, index: Mapping[Key, int]) -> Node:
-    """The calls of a capture as a tree; they are stored in the order of their ends."""
-    pending: list[tuple[int, Node]] = []
-    calls = list(capture.calls())
-    for (step, line), place in zip(calls, places_of(calls), strict=True):
-        node = Node(
-            line,
-            _rows(capture, place, line.i, step, index),
-            _rows(capture, place, line.o, step, index),
-        )
-        children = []
-        while pending and pending[-1][0] > line.l:
-            children.append(pending.pop()[1])
-        node.children = children[::-1]
-        pending.append((line.l, node))
-    return Node(None, children=[node for _, node in pending])
+    def largest(self, values: _F64, size: int) -> _F64:
+        """The greatest value of each call's pairs, 0 for calls without any."""
+        result = np.zeros(size)
+        np.maximum.at(result, self.calls, values[self.pairs])
+        return result
 
 
-def _rows(
-    capture: CaptureFile,
-    place: str,
-    side: dict[str, list[int]],
-    step: int,
-    index: Mapping[Key, int],
-) -> list[int]:
-    found = []
-    for slot, ids in side.items():
-        for number in ids:
-            row = index.get(key_of(place, slot, capture.tensors[number], step))
-            if row is not None:
-                found.append(row)
-    return found
+def enclosing_calls(calls: Sequence[CallLine]) -> _I64:
+    """For each call the one around it, ROOT at the top.
 
-
-def _disagreement(rows: list[int], errors: RowErrors) -> int | None:
-    """The worst row outside its limits, or None."""
-    worst = max(rows, key=lambda i: errors.ratio[i], default=None)
-    return worst if worst is not None and errors.ratio[worst] > 1.0 else None
-
-
-def _error(rows: list[int], errors: RowErrors) -> float:
-    return float(max((errors.rel_l2[i] for i in rows), default=0.0))
+    Calls stand in the order of their ends: it is the next one behind that is on a
+    higher level.
+    """
+    parents = np.full(len(calls), ROOT, dtype=np.int64)
+    around: list[tuple[int, int]] = []
+    for index in range(len(calls) - 1, -1, -1):
+        level = calls[index].l
+        while around and around[-1][0] >= level:
+            around.pop()
+        if around:
+            parents[index] = around[-1][1]
+        around.append((level, index))
+    return parents
 
 
 def find_divergence(
-    candidate: CaptureFile,
-    index: Mapping[Key, int],
+    pairs: Pairs,
     errors: RowErrors,
-    weights: tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]],
+    is_judged: _Bools,
+    weights: tuple[Weights, Weights],
 ) -> Divergence | None:
     """Where a failing candidate first computed something else.
 
     Args:
-        candidate: The candidate's calls.
-        index: Paired rows by key.
-        errors: Their errors.
+        pairs: Paired rows.
+        errors: Their errors; only rows that may be used have any.
+        is_judged: Rows that may disagree; the others may only accuse a parent's code.
         weights: Weight fingerprints of golden and candidate.
 
     Returns:
-        None where no row is outside its limits.
+        None where no judged row is outside its limits.
     """
-    root = build_tree(candidate, index)
-    divergence = _descend(root, errors)
+    search = _Search(pairs, errors, is_judged)
+    divergence = search.descend()
     changed = changed_weights(*weights)
     if not changed:
         return divergence
-    module, parameter = _first_owner(root, changed)
+    module, parameter = _first_owner(pairs.candidate.calls, changed)
     finding = divergence.finding if divergence is not None else None
     return Divergence("weights", module, module, parameter=parameter, finding=finding)
 
 
-def _descend(root: Node, errors: RowErrors) -> Divergence | None:
-    path = [root]
-    while True:
-        node = path[-1]
-        guilty: Node | None = None
-        for child in node.children:
-            entered = _disagreement(child.inputs, errors)
-            if entered is not None:
-                return _own_code(path, child, entered, errors)
-            if _disagreement(child.outputs, errors) is not None:
-                guilty = child
+class _Search:
+    """The candidate's calls as a tree, with the errors of their rows."""
+
+    def __init__(self, pairs: Pairs, errors: RowErrors, is_judged: _Bools) -> None:
+        self._calls = pairs.candidate.calls
+        self._errors = errors
+        self._judged_ratio = np.where(is_judged, errors.ratio, 0.0)
+        size = len(self._calls)
+        self._parents = enclosing_calls(self._calls)
+        partner = np.full(len(pairs.candidate.key), -1, dtype=np.int64)
+        partner[pairs.new] = np.arange(len(pairs.new))
+        uses = pairs.candidate.uses
+        calls, found = uses[:, 0], partner[uses[:, 1]]
+        is_output = pairs.candidate.is_output[uses[:, 1]]
+        is_in, is_out = ((found >= 0) & flag for flag in (~is_output, is_output))
+        self._inputs = Side(calls[is_in], found[is_in])
+        self._outputs = Side(calls[is_out], found[is_out])
+        self._input_error = self._inputs.largest(errors.rel_l2, size)
+        self._output_error = self._outputs.largest(errors.rel_l2, size)
+        self._is_in_bad = self._inputs.largest(self._judged_ratio, size) > 1.0
+        self._is_out_bad = self._outputs.largest(self._judged_ratio, size) > 1.0
+
+    def descend(self) -> Divergence | None:
+        node = ROOT
+        while True:
+            children = np.flatnonzero(self._parents == node)
+            guilty = children[self._is_in_bad[children] | self._is_out_bad[children]]
+            if not len(guilty):
                 break
-        if guilty is None:
-            break
-        path.append(guilty)
-    if len(path) == 1:
+            child = int(guilty[0])
+            entered = self._entered(child)
+            if entered is not None:
+                return self._own_code(node, child, entered)
+            node = child
+        if node == ROOT:
+            return None
+        has_children = bool((self._parents == node).any())
+        before, after = self._input_error[node], self._output_error[node]
+        if not has_children and after < DRIFT * before:
+            return self._drift(node)
+        return Divergence(
+            "origin",
+            self._name(node),
+            self._module(node),
+            finding=self._worst_output(node),
+            input_error=portable(before),
+            output_error=portable(after),
+        )
+
+    def _entered(self, call: int) -> int | None:
+        """The worst input outside its limits of a disagreeing call, or None."""
+        rows = self._inputs.of(call)
+        ratio = self._judged_ratio if self._is_in_bad[call] else self._errors.ratio
+        return _worst(rows, ratio)
+
+    def _worst_output(self, call: int) -> Finding:
+        worst = _worst(self._outputs.of(call), self._judged_ratio)
+        assert worst is not None
+        return self._errors.finding(worst)
+
+    def _own_code(self, node: int, child: int, row: int) -> Divergence:
+        """A child's input differs although nothing before it did."""
+        kind: DivergenceKind = "inputs" if node == ROOT else "origin"
+        before = 0.0 if node == ROOT else self._input_error[node]
+        return Divergence(
+            kind,
+            self._name(node),
+            self._module(node),
+            between=self._name(child),
+            finding=self._errors.finding(row),
+            input_error=portable(before),
+            output_error=portable(self._input_error[child]),
+        )
+
+    def _drift(self, leaf: int) -> Divergence:
+        """No single call: names the leaf whose error grew most, up to this one."""
+        is_leaf = np.ones(len(self._calls), dtype=np.bool_)
+        is_leaf[self._parents[self._parents != ROOT]] = False
+        before = self._input_error[: leaf + 1]
+        after = self._output_error[: leaf + 1]
+        with np.errstate(invalid="ignore"):
+            growth = after - before
+        growth[~(is_leaf[: leaf + 1] & np.isfinite(after))] = -np.inf
+        best = int(growth.argmax())
+        best = best if np.isfinite(growth[best]) else leaf
+        return Divergence(
+            "drift",
+            self._name(best),
+            self._module(best),
+            finding=self._worst_output(leaf),
+            input_error=portable(self._input_error[best]),
+            output_error=portable(self._output_error[best]),
+        )
+
+    def _name(self, node: int) -> str:
+        return self._calls[node].c if node != ROOT else ""
+
+    def _module(self, node: int) -> str:
+        """Path of the innermost module around a call, itself included."""
+        while node != ROOT:
+            name = parse_call_name(self._name(node))
+            if name is not None and name.is_module:
+                return name.module_path or name.class_name
+            node = int(self._parents[node])
+        return ""
+
+
+def _worst(rows: _I64, ratio: _F64) -> int | None:
+    """The worst row outside its limits, or None."""
+    if not len(rows):
         return None
-    leaf = path[-1]
-    worst = _disagreement(leaf.outputs, errors)
-    assert worst is not None
-    before, after = _error(leaf.inputs, errors), _error(leaf.outputs, errors)
-    if not leaf.children and after < DRIFT * before:
-        return _drift(root, leaf, errors)
-    return Divergence(
-        "origin",
-        leaf.name,
-        module_of(path),
-        finding=errors.finding(worst),
-        input_error=_finite(before),
-        output_error=_finite(after),
-    )
+    worst = int(rows[ratio[rows].argmax()])
+    return worst if ratio[worst] > 1.0 else None
 
 
-def _own_code(path: list[Node], child: Node, row: int, errors: RowErrors) -> Divergence:
-    """A child's input differs although nothing before it did."""
-    node = path[-1]
-    kind: DivergenceKind = "origin" if node.line is not None else "inputs"
-    return Divergence(
-        kind,
-        node.name,
-        module_of(path),
-        between=child.name,
-        finding=errors.finding(row),
-        input_error=_finite(_error(node.inputs, errors)),
-        output_error=_finite(_error(child.inputs, errors)),
-    )
-
-
-def _drift(root: Node, leaf: Node, errors: RowErrors) -> Divergence:
-    """No single call: names the one whose error grew most, up to the leaf."""
-    best, growth, path = leaf, -math.inf, [root, leaf]
-    for node, ancestors in _walk(root, [root]):
-        before, after = _error(node.inputs, errors), _error(node.outputs, errors)
-        if not node.children and math.isfinite(after) and after - before > growth:
-            best, growth, path = node, after - before, [*ancestors, node]
-        if node is leaf:
-            break
-    worst = _disagreement(leaf.outputs, errors)
-    assert worst is not None
-    return Divergence(
-        "drift",
-        best.name,
-        module_of(path),
-        finding=errors.finding(worst),
-        input_error=_finite(_error(best.inputs, errors)),
-        output_error=_finite(_error(best.outputs, errors)),
-    )
-
-
-def _walk(node: Node, ancestors: list[Node]) -> "list[tuple[Node, list[Node]]]":
-    found: list[tuple[Node, list[Node]]] = []
-    for child in node.children:
-        found.extend(_walk(child, [*ancestors, child]))
-        found.append((child, ancestors))
-    return found
-
-
-def module_of(path: list[Node]) -> str:
-    """Path of the innermost module on a path of calls."""
-    for node in reversed(path):
-        if node.line is None:
-            continue
-        name = parse_call_name(node.line.c)
-        if name is not None and name.is_module:
-            return name.module_path or name.class_name
-    return ""
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 1e308
-
-
-def changed_weights(
-    golden: dict[str, dict[str, str]], candidate: dict[str, dict[str, str]]
-) -> dict[str, list[str]]:
+def changed_weights(golden: Weights, candidate: Weights) -> dict[str, list[str]]:
     """Parameters whose fingerprints differ, by module; empty where a side has none."""
     if not golden or not candidate:
         return {}
@@ -238,10 +243,12 @@ def changed_weights(
     return changed
 
 
-def _first_owner(root: Node, changed: dict[str, list[str]]) -> tuple[str, str]:
+def _first_owner(
+    calls: Sequence[CallLine], changed: dict[str, list[str]]
+) -> tuple[str, str]:
     """The first module in execution order that owns a changed parameter."""
-    for node, _ in _walk(root, [root]):
-        name = parse_call_name(node.name)
+    for call in calls:
+        name = parse_call_name(call.c)
         if name is not None and name.is_module and name.module_path in changed:
             return name.module_path, changed[name.module_path][0]
     module = min(changed)

@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges a candidate capture against a golden. Pure: two captures in, a verdict out."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import find_divergence
-from pytest_msprobe.compare.match import (
-    Pairs,
-    columns_of,
-    is_module_row,
-    is_output,
-    pair_rows,
-)
-from pytest_msprobe.compare.metrics import row_errors
+from pytest_msprobe.compare.errors import Errors
+from pytest_msprobe.compare.match import Pairs, Rows, pair_rows
+from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import differences, incomparable_reasons
-from pytest_msprobe.compare.tokens import compare_tokens, positions_behind_flips
+from pytest_msprobe.compare.tokens import (
+    compare_tokens,
+    positions_behind_flips,
+    unrecorded_tokens,
+)
 from pytest_msprobe.compare.tolerance import (
     ResolvedLimits,
     default_limits,
     resolve_limits,
-    with_floor,
 )
-from pytest_msprobe.dump.capture import CaptureFile
-from pytest_msprobe.model.dtypes import BY_CODE
-from pytest_msprobe.model.limits import ROW_METRICS, KeyMode, Rule
-from pytest_msprobe.model.verdict import Finding, RowId, Verdict
+from pytest_msprobe.dump.capture import CaptureFile, TensorLine
+from pytest_msprobe.model.limits import KeyMode, Rule
+from pytest_msprobe.model.verdict import AppliedRule, Verdict
 
 WORST = 20
+_SHOWN_REQUESTS = 3
+_I64 = npt.NDArray[np.int64]
+_Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -40,7 +39,7 @@ class Judgement:
     Attributes:
         verdict: The verdict.
         unmatched: Rules that matched no row.
-        names: Names of all rows that both captures have.
+        names: Names of all rows that one of the captures has.
     """
 
     verdict: Verdict
@@ -75,6 +74,7 @@ def judge(
         key=candidate.header.key,
         left_out=dict(candidate.header.left_out),
         rank=candidate.header.rank,
+        rules=[AppliedRule.of(rule) for rule in rules],
     )
     verdict.changes = differences(golden.header.provenance, candidate.header.provenance)
     verdict.reasons = incomparable_reasons(golden.header, candidate.header)
@@ -82,6 +82,22 @@ def judge(
         verdict.status = "incomparable"
         return Judgement(verdict, [], [])
     return _Judge(golden, candidate, rules, mode, verdict).run()
+
+
+@dataclass(slots=True)
+class _Masks:
+    """Which pairs take part in what.
+
+    Attributes:
+        judged: Rows that count.
+        evidence: Rows whose errors may tell where it began: those that are judged and,
+            across keys, inputs of modules.
+        unjudged: Rows that do not count because of a flipped token.
+    """
+
+    judged: _Bools
+    evidence: _Bools
+    unjudged: _Bools
 
 
 class _Judge:
@@ -98,224 +114,211 @@ class _Judge:
         self._rules = rules
         self._mode = mode
         self._verdict = verdict
-        self._is_rescheduled = _schedule(golden) != _schedule(candidate)
+        self._requests = golden.header.requests, candidate.header.requests
+        self._unrecorded = unrecorded_tokens(candidate)
+        flips = positions_behind_flips(*self._requests, self._unrecorded)
+        self._schedule = compare_schedules(golden, candidate, flips)
 
     def run(self) -> Judgement:
         verdict = self._verdict
         pairs = pair_rows(self._golden, self._candidate)
-        names = [row.text for row in pairs.ids]
-        dtype = str(self._candidate.header.signature.get("model", {}).get("dtype", ""))
-        limits = resolve_limits(
-            names,
-            self._rules,
-            default_limits(self._mode, dtype, is_rescheduled=self._is_rescheduled),
-            self._mode,
-        )
-        requests = self._golden.header.requests, self._candidate.header.requests
-        verdict.tokens = compare_tokens(*requests, limits.logprob)
-        behind = positions_behind_flips(*requests)
-        is_behind = np.fromiter(
-            (_is_behind(row.segment, behind) for row in pairs.ids), np.bool_, len(names)
-        )
-        errors = _Errors(pairs, limits, ~is_behind)
-        judged = self._judged(pairs, limits) & ~is_behind
-        failed = judged & (errors.ratio > 1.0)
-        verdict.judged = int(judged.sum())
-        verdict.equal = int((judged & pairs.is_equal).sum())
-        verdict.unjudged = int(is_behind.sum())
+        names = [
+            *pairs.candidate.names(pairs.new),
+            *pairs.golden.names(pairs.missing),
+            *pairs.candidate.names(pairs.extra),
+        ]
+        limits = self._limits(pairs, names)
+        self._compare_tokens(limits)
+        masks = self._masks(pairs, limits)
+        errors = Errors(pairs, limits, masks.evidence)
+        failed = masks.judged & (errors.ratio > 1.0)
+        verdict.judged = int(masks.judged.sum())
+        verdict.equal = int((masks.judged & pairs.is_equal).sum())
+        verdict.unjudged = int(masks.unjudged.sum())
         verdict.failed = int(failed.sum())
-        self._note_missing(pairs, behind)
+        self._note_missing(pairs, limits)
         verdict.worst = [errors.finding(i) for i in _worst(pairs, errors, failed)]
-        self._settle(pairs, errors, is_failing=bool(failed.any()))
+        self._note_what_is_judged(pairs.golden)
+        self._settle(pairs, errors, masks)
         return Judgement(verdict, limits.unmatched, names)
 
-    def _judged(self, pairs: Pairs, limits: ResolvedLimits) -> npt.NDArray[np.bool_]:
-        """Rows that count: across keys only outputs of modules do."""
-        judged = ~limits.is_ignored
-        if self._mode == "cross":
-            counts = (is_module_row(row) and is_output(row) for row in pairs.ids)
-            judged &= np.fromiter(counts, np.bool_, len(pairs.ids))
-        if self._is_rescheduled:
-            has_segment = (bool(row.segment) for row in pairs.ids)
-            judged &= np.fromiter(has_segment, np.bool_, len(pairs.ids))
-        return judged
+    def _limits(self, pairs: Pairs, names: Sequence[str]) -> ResolvedLimits:
+        """Limits of the pairs, of the missing and of the new rows, in this order."""
+        dtype = str(self._candidate.header.signature.get("model", {}).get("dtype", ""))
+        is_moved = np.zeros(len(names), dtype=np.bool_)
+        rows = pairs.candidate
+        is_moved[: len(pairs.new)] = rows.in_segments(
+            pairs.new, self._schedule.is_moved
+        )
+        moved = default_limits(self._mode, dtype, is_rescheduled=True)
+        return resolve_limits(
+            names,
+            self._rules,
+            default_limits(self._mode, dtype),
+            self._mode,
+            moved=(is_moved, moved),
+        )
 
-    def _note_missing(self, pairs: Pairs, behind: dict[int, int]) -> None:
-        verdict = self._verdict
-        missing = [
-            row
-            for row in pairs.missing
-            if self._is_required(row) and not _is_behind(row.segment, behind)
-        ]
-        verdict.missing = len(missing)
-        verdict.missing_rows = [row.text for row in missing[:WORST]]
+    def _compare_tokens(self, limits: ResolvedLimits) -> None:
+        def limit_of(label: int, number: int) -> float:
+            if self._schedule.is_token_moved(label, number):
+                return limits.moved_logprob
+            return limits.logprob
+
+        self._verdict.tokens = compare_tokens(
+            *self._requests,
+            limits.logprob,
+            limit_of=limit_of,
+            incomplete=self._unrecorded,
+        )
+
+    def _masks(self, pairs: Pairs, limits: ResolvedLimits) -> _Masks:
+        rows, new = pairs.candidate, pairs.new
+        schedule = self._schedule
+        is_whole = rows.in_segments(new, _is_whole)
+        steps = rows.steps[rows.call[new]]
+        unjudged = rows.in_segments(new, schedule.is_behind)
+        unjudged |= is_whole & _is_in(steps, schedule.behind_steps)
+        unjudged |= self._is_flipped_token(rows, new)
+        counts = ~limits.is_ignored[: len(new)] & ~unjudged
+        counts &= ~is_whole | _is_in(steps, schedule.equal_steps)
+        if self._mode == "same":
+            return _Masks(counts, counts, unjudged)
+        is_module, is_output = rows.is_of_module(new), rows.is_output[new]
+        is_float = rows.with_property(new, _is_float)
+        judged = counts & is_module & is_output
+        evidence = judged | (counts & is_module & ~is_output & is_float)
+        return _Masks(judged, evidence, unjudged)
+
+    def _is_flipped_token(self, rows: Rows, chosen: _I64) -> _Bools:
+        """Integers of the sample that another token came from: the token itself.
+
+        Tokens and log-probabilities judge it.
+        """
+        if not self._schedule.flips:
+            return np.zeros(len(chosen), dtype=np.bool_)
+        is_flip = rows.in_segments(chosen, self._schedule.is_flip)
+        return is_flip & rows.with_property(chosen, _is_sampled_integer)
+
+    def _note_missing(self, pairs: Pairs, limits: ResolvedLimits) -> None:
+        verdict, rows, missing = self._verdict, pairs.golden, pairs.missing
+        first = len(pairs.new)
+        needed = ~limits.is_ignored[first : first + len(missing)]
+        needed &= ~rows.in_segments(missing, self._schedule.is_behind)
+        needed &= ~rows.in_segments(missing, _is_whole) | _is_in(
+            rows.steps[rows.call[missing]], self._schedule.needed_steps
+        )
+        if self._mode == "cross":
+            needed &= rows.is_of_module(missing) & rows.is_output[missing]
+        verdict.missing = int(needed.sum())
+        verdict.missing_rows = rows.names(missing[needed][:WORST])
         verdict.extra = len(pairs.extra)
 
-    def _is_required(self, row: RowId) -> bool:
-        if self._mode == "cross" and not (is_module_row(row) and is_output(row)):
-            return False
-        return bool(row.segment) or not self._is_rescheduled
-
-    def _settle(self, pairs: Pairs, errors: "_Errors", *, is_failing: bool) -> None:
-        """Status, reasons, divergence and notes."""
+    def _note_what_is_judged(self, golden: Rows) -> None:
+        """Reasons for which nothing of the rows or the tokens could be judged."""
         verdict = self._verdict
-        tokens = verdict.tokens
         if verdict.judged == 0:
-            verdict.reasons.append("no row of the golden was computed here")
+            rows = np.arange(len(golden.key))
+            is_module_output = golden.is_of_module(rows) & golden.is_output
+            if self._mode == "same" or not len(rows) or is_module_output.any():
+                verdict.reasons.append("no row of the golden was computed here")
+            else:
+                level = self._golden.header.signature.get("level", "")
+                verdict.notes.append(
+                    f"level {level} holds no module outputs, which alone are judged "
+                    "across keys: this verdict is by tokens alone"
+                )
+                if not verdict.tokens.compared:
+                    verdict.reasons.append("there are no tokens to judge either")
         if verdict.missing:
             verdict.reasons.append(f"{verdict.missing} rows of the golden are missing")
-        largest = math.inf if isinstance(tokens.largest, str) else tokens.largest
-        if largest > tokens.allowed:
+        tokens = {request.label: request.tokens for request in self._requests[0]}
+        verdict.reasons.extend(
+            f"request {label}: {missing} of {count} tokens were not recorded"
+            for label, (missing, count) in self._unrecorded.items()
+            if tokens.get(label)
+        )
+
+    def _settle(self, pairs: Pairs, errors: Errors, masks: _Masks) -> None:
+        """Status, divergence and notes."""
+        verdict = self._verdict
+        tokens = verdict.tokens
+        largest = float(tokens.largest)
+        if largest > float(tokens.allowed):
             verdict.reasons.append("log-probabilities moved by more than is allowed")
-        is_red = is_failing or bool(verdict.reasons)
-        if is_red:
+        if verdict.failed or verdict.reasons:
             verdict.status = "fail"
             verdict.divergence = find_divergence(
-                self._candidate,
-                {key: index for index, key in enumerate(pairs.keys)},
+                pairs,
                 errors,
+                masks.judged,
                 (self._golden.header.weights, self._candidate.header.weights),
             )
         elif verdict.equal < verdict.judged or tokens.flipped or largest > 0:
             verdict.status = "changed"
-        self._note(tokens.flipped is not None)
+        self._note()
 
-    def _note(self, has_flip: bool) -> None:  # noqa: FBT001 - private
+    def _note(self) -> None:
         verdict = self._verdict
+        notes = []
         if self._mode == "cross":
-            verdict.notes.append(
+            notes.append(
                 f"the golden is of {verdict.golden_key}, this is {verdict.key}: only "
                 "module outputs, logits and tokens are judged, with the limits for "
                 "another key"
             )
-        if self._is_rescheduled:
-            verdict.notes.append(
-                "requests were batched or chunked differently than in the golden: "
-                "limits for other scheduling, rows without a token dimension not judged"
+        moved = self._schedule.moved
+        if moved:
+            notes.append(
+                "requests were batched or chunked differently than in the golden "
+                f"({_describe_moved(moved)}): from there on the limits for other "
+                "scheduling hold, and rows without a token dimension are not judged"
             )
-        if has_flip:
-            verdict.notes.append(
+        if verdict.tokens.flipped is not None:
+            notes.append(
                 "decode is judged up to the first other token; "
                 f"{verdict.unjudged} rows behind it are not judged"
             )
+        verdict.notes = [*notes, *verdict.notes]
 
 
-class _Errors:
-    """Errors, limits and ratios of the paired rows; only unequal rows are computed."""
-
-    def __init__(
-        self, pairs: Pairs, limits: ResolvedLimits, is_wanted: npt.NDArray[np.bool_]
-    ) -> None:
-        self._pairs = pairs
-        self._limits = limits
-        size = len(pairs.ids)
-        self.ratio = np.zeros(size)
-        self.rel_l2 = np.zeros(size)
-        self._metric = np.full(size, -1, dtype=np.int64)
-        self._values = {name: np.zeros(size) for name in ROW_METRICS}
-        self._details: dict[int, tuple[str, str]] = {}
-        index = np.flatnonzero(~pairs.is_equal & is_wanted)
-        if len(index):
-            self._compute(index)
-
-    def _compute(self, index: npt.NDArray[np.int64]) -> None:
-        old = [self._pairs.golden[i] for i in index]
-        new = [self._pairs.candidate[i] for i in index]
-        a, b = columns_of(old), columns_of(new)
-        with np.errstate(all="ignore"):
-            errors = row_errors(a, b, old, new)
-        ratios = np.zeros((len(ROW_METRICS), len(index)))
-        for place, name in enumerate(ROW_METRICS):
-            limit = with_floor(self._limits.limits[name][index], name)
-            observed = errors[name]
-            self._values[name][index] = observed
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.where(observed > 0, observed / limit, 0.0)
-            ratios[place] = np.nan_to_num(ratio, nan=np.inf, posinf=np.inf)
-        self.ratio[index] = ratios.max(axis=0)
-        self._metric[index] = ratios.argmax(axis=0)
-        self.rel_l2[index] = np.nan_to_num(errors["rel_l2"], nan=np.inf, posinf=np.inf)
-        for place, i in enumerate(index):
-            self._check_exactly(int(i), place, a.nonfinite, b.nonfinite)
-
-    def _check_exactly(
-        self,
-        i: int,
-        place: int,
-        nonfinite_old: npt.NDArray[np.int64],
-        nonfinite_new: npt.NDArray[np.int64],
-    ) -> None:
-        """What no tolerance allows: other dtype, shape, NaN counts, integers."""
-        old, new = self._pairs.golden[i], self._pairs.candidate[i]
-        names = [BY_CODE[t.d].name if t.d in BY_CODE else t.d for t in (old, new)]
-        counts = nonfinite_old[place], nonfinite_new[place]
-        if old.d != new.d:
-            self._fail(i, "dtype", f"{names[0]} became {names[1]}")
-        elif old.s != new.s:
-            self._fail(i, "shape", f"{old.s} became {new.s}")
-        elif (counts[0] != counts[1]).any():
-            texts = [f"{c[0]} NaN, {c[1]} +Inf, {c[2]} -Inf" for c in counts]
-            self._fail(i, "nonfinite", f"{texts[0]} became {texts[1]}")
-        elif len(old.v) == 2:  # noqa: PLR2004 - integers have no sums
-            self._fail(i, "checksum", "integers differ")
-        elif self._limits.is_exact[i]:
-            self._fail(i, "checksum", "exact rows must have equal checksums")
-
-    def _fail(self, i: int, metric: str, detail: str) -> None:
-        self.ratio[i] = np.inf
-        if not self.rel_l2[i] > 0:
-            self.rel_l2[i] = np.inf
-        self._details[i] = (metric, detail)
-
-    def finding(self, i: int) -> Finding:
-        """The worst metric of one row."""
-        row, ratio = self._pairs.ids[i], _portable(float(self.ratio[i]))
-        if i in self._details:
-            metric, detail = self._details[i]
-            return Finding(row, metric, "differs", 0.0, ratio, "always", detail)
-        metric = ROW_METRICS[int(self._metric[i])]
-        limit = with_floor(self._limits.limits[metric][i : i + 1], metric)
-        return Finding(
-            row,
-            metric,
-            _portable(float(self._values[metric][i])),
-            float(limit[0]),
-            ratio,
-            self._limits.origin(metric, i),
-        )
+def _describe_moved(moved: dict[int, int]) -> str:
+    shown = sorted(moved.items())[:_SHOWN_REQUESTS]
+    text = ", ".join(f"request {label} from position {p}" for label, p in shown)
+    more = len(moved) - len(shown)
+    return f"{text} and {more} more" if more else text
 
 
-def _worst(pairs: Pairs, errors: _Errors, failed: npt.NDArray[np.bool_]) -> list[int]:
+def _is_whole(segment: str) -> bool:
+    """Whether a row has no token dimension."""
+    return not segment
+
+
+def _is_float(line: TensorLine) -> bool:
+    """Whether a tensor has sums; integers have a maximum and a minimum only."""
+    return len(line.v) > 2  # noqa: PLR2004 - maximum and minimum
+
+
+def _is_sampled_integer(line: TensorLine) -> bool:
+    return line.row_class == "sample" and not _is_float(line)
+
+
+def _is_in(values: _I64, wanted: set[int]) -> _Bools:
+    return np.isin(values, np.fromiter(wanted, np.int64, len(wanted)))
+
+
+def _worst(pairs: Pairs, errors: Errors, failed: _Bools) -> list[int]:
     """Failing rows to show, worst first: outputs before inputs, each tensor once."""
-    order = [int(i) for i in np.argsort(-errors.ratio, kind="stable") if failed[i]]
-    order.sort(key=lambda i: not is_output(pairs.ids[i]))
+    rows = np.flatnonzero(failed)
+    is_input = ~pairs.candidate.is_output[pairs.new[rows]]
+    order = rows[np.lexsort((-errors.ratio[rows], is_input))]
     seen: set[int] = set()
     shown: list[int] = []
-    for i in order:
-        tensor = pairs.candidate[i].t
+    for i in order.tolist():
+        tensor = pairs.line_pair(i)[1].t
         if tensor not in seen:
             seen.add(tensor)
             shown.append(i)
-    return shown[:WORST]
-
-
-def _portable(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-def _schedule(capture: CaptureFile) -> list[tuple[object, ...]]:
-    return [(step.tokens, *step.requests) for step in capture.steps]
-
-
-def _is_behind(segment: str, behind: dict[int, int]) -> bool:
-    """Whether a segment lies behind its request's first flipped token."""
-    label, _, part = segment.partition(".")
-    if not part.startswith("g") or not label.isdigit():
-        return False
-    limit = behind.get(int(label))
-    return limit is not None and int(part[1:]) > limit
-
-
-def failing_names(findings: Iterable[Finding]) -> list[str]:
-    """Names of the rows of some findings."""
-    return [finding.row.text for finding in findings]
+            if len(shown) == WORST:
+                break
+    return shown

@@ -1,57 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs the rows of a candidate with those of a golden and lays them out as columns."""
 
+import math
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.dump.capture import CallLine, CaptureFile, TensorLine
-from pytest_msprobe.model.dtypes import BY_CODE, is_sketched
+from pytest_msprobe.dump.capture import CallLine, CaptureFile, StepLine, TensorLine
 from pytest_msprobe.model.names import MODULE_PREFIX, parse_call_name
 from pytest_msprobe.model.verdict import RowId
-from pytest_msprobe.statistics.sketch import fold, unpack
 
-Key = tuple[str, str, str, int]
 _F64 = npt.NDArray[np.float64]
+_I64 = npt.NDArray[np.int64]
+_Bools = npt.NDArray[np.bool_]
+# Float types have maximum, minimum, sum and sum of squares, integers the first two.
+_WITH_SUMS = 4
+# Bits of a row's key that number its segment, or its step.
+_PART_BITS = 28
 
 
-@dataclass(slots=True)
-class RowSet:
-    """The rows of one capture.
-
-    Attributes:
-        tensors: Numbers by key (place, slot, segment, step or -1).
-        rows: Identity by key, in execution order.
-    """
-
-    tensors: dict[Key, TensorLine] = field(default_factory=dict)
-    rows: dict[Key, RowId] = field(default_factory=dict)
-
-
-def key_of(place: str, slot: str, tensor: TensorLine, step: int) -> Key:
-    """Key of a row: tensors of neither class need their step as well."""
-    return (place, slot, tensor.g, -1 if tensor.g else step)
-
-
-def parents_of(calls: list[tuple[int, CallLine]]) -> list[str]:
+def parents_of(calls: Sequence[CallLine]) -> list[str]:
     """Name of the recorded module around each call, empty at the top.
 
     Calls stand in the order in which they ended, so a call's parent is the first one
     behind it that is one level higher.
     """
     parents = [""] * len(calls)
-    around: dict[int, str] = {}
+    around: list[str] = []
     for index in range(len(calls) - 1, -1, -1):
-        call = calls[index][1]
-        around = {level: name for level, name in around.items() if level < call.l}
-        parents[index] = around.get(call.l - 1, "")
-        around[call.l] = call.c
+        call = calls[index]
+        level = call.l
+        del around[level:]
+        if len(around) < level:
+            around.extend([""] * (level - len(around)))
+        if level:
+            parents[index] = around[level - 1]
+        around.append(call.c)
     return parents
 
 
-def places_of(calls: list[tuple[int, CallLine]]) -> list[str]:
+def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
     """What identifies each call within its step.
 
     A module's is its name. APIs are numbered over the whole step in their names, so
@@ -60,95 +51,305 @@ def places_of(calls: list[tuple[int, CallLine]]) -> list[str]:
     """
     places: list[str] = []
     counts: Counter[tuple[int, str]] = Counter()
-    for (step, call), parent in zip(calls, parents_of(calls), strict=True):
-        name = parse_call_name(call.c)
-        if name is None or name.is_module:
-            places.append(call.c)
+    apis: dict[str, str] = {}
+    for step, call, parent in zip(steps, calls, parents_of(calls), strict=True):
+        text = call.c
+        api = apis.get(text)
+        if api is None:
+            name = parse_call_name(text)
+            is_module = name is None or name.is_module
+            api = apis[text] = "" if is_module else f"{name.prefix}.{name.path}"  # type: ignore[union-attr]
+        if not api:
+            places.append(text)
             continue
-        text = f"{parent}>{name.prefix}.{name.path}"
-        number = counts[step, text]
-        counts[step, text] += 1
-        places.append(f"{text}.{number}")
+        api = f"{parent}>{api}"
+        number = counts[step, api]
+        counts[step, api] = number + 1
+        places.append(f"{api}.{number}")
     return places
 
 
-def collect_rows(capture: CaptureFile) -> RowSet:
-    """All rows of a capture in execution order; the first of equal keys counts."""
-    result = RowSet()
-    calls = list(capture.calls())
-    for (step, call), place in zip(calls, places_of(calls), strict=True):
-        for side in (call.i, call.o):
-            for slot, ids in side.items():
-                for number in ids:
-                    tensor = capture.tensors[number]
-                    key = key_of(place, slot, tensor, step)
-                    if key not in result.tensors:
-                        result.tensors[key] = tensor
-                        result.rows[key] = RowId(call.c, slot, tensor.g, step)
-    return result
+@dataclass(slots=True)
+class Vocabulary:
+    """Numbers for the texts that identify rows, shared by two captures.
+
+    Attributes:
+        places: Places of calls.
+        slots: Slots.
+        segments: Segments.
+    """
+
+    places: dict[str, int] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
+    segments: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of one capture in execution order; the first of equal keys counts.
+
+    Attributes:
+        calls: All calls.
+        steps: (c,) step of each call.
+        lines: The tensors that the calls refer to.
+        words: What the numbers of slots and segments mean.
+        key: (n,) identity of each row: place of its call, slot and segment; without a
+            segment also its step.
+        call: (n,) call of each row.
+        slot: (n,) its slot.
+        tensor: (n,) its tensor, as an index into `lines`.
+        segment: (n,) its segment.
+        is_output: (n,) whether it is of an output slot.
+        uses: (m, 2) call and row of every slot segment, those of equal keys included;
+            by call.
+    """
+
+    calls: list[CallLine]
+    steps: _I64
+    lines: list[TensorLine]
+    words: Vocabulary
+    key: _I64
+    call: _I64
+    slot: _I64
+    tensor: _I64
+    segment: _I64
+    is_output: _Bools
+    uses: _I64
+
+    def row_id(self, row: int) -> RowId:
+        """Identity of a row."""
+        call = int(self.call[row])
+        slot = list(self.words.slots)[int(self.slot[row])]
+        segment = self.lines[int(self.tensor[row])].g
+        return RowId(self.calls[call].c, slot, segment, int(self.steps[call]))
+
+    def names(self, rows: _I64) -> list[str]:
+        """Names of some rows, as globs in rules are matched with."""
+        calls = [call.c for call in self.calls]
+        slots = list(self.words.slots)
+        tails = [f"@{text}" if text else "" for text in self.words.segments]
+        columns = (
+            column[rows].tolist() for column in (self.call, self.slot, self.segment)
+        )
+        return [
+            f"{calls[call]}.{slots[slot]}{tails[segment]}"
+            for call, slot, segment in zip(*columns, strict=True)
+        ]
+
+    def is_of_module(self, rows: _I64) -> _Bools:
+        """Which of some rows are of module calls (L0)."""
+        prefix = MODULE_PREFIX + "."
+        flags = [call.c.startswith(prefix) for call in self.calls]
+        is_module = np.array(flags, dtype=np.bool_)
+        found: _Bools = is_module[self.call[rows]]
+        return found
+
+    def in_segments(self, rows: _I64, test: Callable[[str], bool]) -> _Bools:
+        """Which of some rows are of segments with a property; each is tested once."""
+        words = self.words.segments
+        flags = np.fromiter((test(text) for text in words), np.bool_, len(words))
+        found: _Bools = flags[self.segment[rows]]
+        return found
+
+    def with_property(self, rows: _I64, test: Callable[[TensorLine], bool]) -> _Bools:
+        """Which of some rows have tensors with a property."""
+        flags = np.fromiter((test(t) for t in self.lines), np.bool_, len(self.lines))
+        found: _Bools = flags[self.tensor[rows]]
+        return found
+
+
+@dataclass(slots=True)
+class _Uses:
+    """Every slot segment of a capture, in execution order.
+
+    Attributes:
+        calls: All calls.
+        steps: (c,) step of each call.
+        lines: Tensors.
+        place: (m,) place of its call.
+        call: (m,) its call.
+        slot: (m,) its slot.
+        tensor: (m,) its tensor.
+        segment: (m,) its segment.
+        is_output: (m,) whether it is of an output slot.
+    """
+
+    calls: list[CallLine]
+    steps: _I64
+    lines: list[TensorLine]
+    place: _I64
+    call: _I64
+    slot: _I64
+    tensor: _I64
+    segment: _I64
+    is_output: _Bools
+
+
+def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
+    calls: list[CallLine] = []
+    steps: list[int] = []
+    step = 0
+    # A slot's number and its side in one integer, the tensor's id beside it.
+    slots: list[int] = []
+    used: list[int] = []
+    ends: list[int] = []
+    known = words.slots
+    for entry in capture.entries:
+        if isinstance(entry, StepLine):
+            step = entry.step
+            continue
+        calls.append(entry)
+        steps.append(step)
+        for side, slots_of_side in enumerate((entry.i, entry.o)):
+            for slot, ids in slots_of_side.items():
+                word = known.setdefault(slot, len(known)) * 2 + side
+                for tensor in ids:
+                    slots.append(word)
+                    used.append(tensor)
+        ends.append(len(used))
+    counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
+    call_column = np.repeat(np.arange(len(calls)), counts)
+    slot_column = np.array(slots, dtype=np.int64)
+    tensor_column = _positions(capture.tensors, used)
+    lines = list(capture.tensors.values())
+    segments = _numbers(words.segments, [line.g for line in lines])
+    places = _numbers(words.places, places_of(calls, steps))
+    return _Uses(
+        calls,
+        np.array(steps, dtype=np.int64),
+        lines,
+        places[call_column],
+        call_column,
+        slot_column // 2,
+        tensor_column,
+        segments[tensor_column],
+        slot_column % 2 == 1,
+    )
+
+
+def _numbers(known: dict[str, int], texts: Sequence[str]) -> _I64:
+    """Numbers of texts, new ones added."""
+    add = known.setdefault
+    return np.array([add(text, len(known)) for text in texts], dtype=np.int64)
+
+
+def _positions(tensors: Mapping[int, TensorLine], ids: list[int]) -> _I64:
+    """Where the tensors with these ids stand among all."""
+    found = np.array(ids, dtype=np.int64)
+    known = np.fromiter(tensors, np.int64, len(tensors))
+    if (known == np.arange(len(known))).all():
+        return found
+    order = np.argsort(known)
+    place: _I64 = order[np.searchsorted(known, found, sorter=order)]
+    return place
+
+
+def _rows(uses: _Uses, words: Vocabulary) -> Rows:
+    """Rows of a capture once all words of both captures are known."""
+    whole = words.segments.get("", -1)
+    # A tensor without a segment is identified by its step instead.
+    part = np.where(
+        uses.segment == whole, len(words.segments) + uses.steps[uses.call], uses.segment
+    )
+    key = uses.place * len(words.slots) + uses.slot
+    key = (key << np.int64(_PART_BITS)) + part
+    _, first, same = np.unique(key, return_index=True, return_inverse=True)
+    # np.unique sorts by key; rows stand in execution order.
+    chosen = np.sort(first)
+    number = np.empty(len(chosen), dtype=np.int64)
+    number[np.argsort(first)] = np.arange(len(chosen))
+    return Rows(
+        uses.calls,
+        uses.steps,
+        uses.lines,
+        words,
+        key[chosen],
+        uses.call[chosen],
+        uses.slot[chosen],
+        uses.tensor[chosen],
+        uses.segment[chosen],
+        uses.is_output[chosen],
+        np.stack([uses.call, number[same.reshape(-1)]], axis=1),
+    )
 
 
 @dataclass(slots=True)
 class Pairs:
-    """Rows that both captures have, as columns.
+    """Rows that both captures have, in the candidate's execution order.
 
     Attributes:
-        keys: In the candidate's execution order.
-        ids: Identity of each row.
-        golden: `t` lines of the golden.
-        candidate: `t` lines of the candidate.
-        is_equal: Whether dtype, shape and checksum are equal.
+        golden: All rows of the golden.
+        candidate: All rows of the candidate.
+        old: (n,) the golden's row of each pair.
+        new: (n,) the candidate's.
+        is_equal: (n,) whether dtype, shape and checksum are equal.
         missing: Rows of the golden only.
         extra: Rows of the candidate only.
     """
 
-    keys: list[Key]
-    ids: list[RowId]
-    golden: list[TensorLine]
-    candidate: list[TensorLine]
-    is_equal: npt.NDArray[np.bool_]
-    missing: list[RowId]
-    extra: list[RowId]
+    golden: Rows
+    candidate: Rows
+    old: _I64
+    new: _I64
+    is_equal: _Bools
+    missing: _I64
+    extra: _I64
+
+    @property
+    def ids(self) -> list[RowId]:
+        """Identity of each pair."""
+        return [self.candidate.row_id(row) for row in self.new.tolist()]
+
+    def line_pair(self, index: int) -> tuple[TensorLine, TensorLine]:
+        """Both `t` lines of a pair."""
+        old, new = self.line_pairs(np.array([index]))
+        return old[0], new[0]
+
+    def line_pairs(self, index: _I64) -> tuple[list[TensorLine], list[TensorLine]]:
+        """Both sides' `t` lines of some pairs."""
+        golden, candidate = self.golden.lines, self.candidate.lines
+        old = self.golden.tensor[self.old[index]].tolist()
+        new = self.candidate.tensor[self.new[index]].tolist()
+        return [golden[i] for i in old], [candidate[i] for i in new]
 
 
 def pair_rows(golden: CaptureFile, candidate: CaptureFile) -> Pairs:
     """Pairs rows by key."""
-    left, right = collect_rows(golden), collect_rows(candidate)
-    keys = [key for key in right.tensors if key in left.tensors]
-    old = [left.tensors[key] for key in keys]
-    new = [right.tensors[key] for key in keys]
-    equal = np.fromiter(
-        (
-            a.c == b.c and a.d == b.d and a.s == b.s
-            for a, b in zip(old, new, strict=True)
-        ),
-        dtype=np.bool_,
-        count=len(keys),
+    words = Vocabulary()
+    uses = _collect(golden, words), _collect(candidate, words)
+    left, right = (_rows(side, words) for side in uses)
+    _, old, new = np.intersect1d(
+        left.key, right.key, assume_unique=True, return_indices=True
     )
-    return Pairs(
-        keys,
-        [right.rows[key] for key in keys],
+    order = np.argsort(new)
+    old, new = old[order], new[order]
+    pairs = Pairs(
+        left,
+        right,
         old,
         new,
-        equal,
-        [row for key, row in left.rows.items() if key not in right.tensors],
-        [row for key, row in right.rows.items() if key not in left.tensors],
+        np.zeros(len(old), dtype=np.bool_),
+        np.setdiff1d(np.arange(len(left.key)), old),
+        np.setdiff1d(np.arange(len(right.key)), new),
     )
+    lines = zip(*pairs.line_pairs(np.arange(len(old))), strict=True)
+    equal = [a.c == b.c and a.d == b.d and a.s == b.s for a, b in lines]
+    pairs.is_equal[:] = equal
+    return pairs
 
 
-def is_output(row: RowId) -> bool:
-    """Whether a row is of an output slot."""
-    return row.slot.startswith("output")
-
-
-def is_module_row(row: RowId) -> bool:
-    """Whether a row is of a module call (L0)."""
-    return row.call.startswith(MODULE_PREFIX + ".")
+def distinct(pairs: Pairs, index: _I64) -> tuple[_I64, _I64]:
+    """One of the rows for each pair of tensors, and for every row its pair's place."""
+    old = pairs.golden.tensor[pairs.old[index]]
+    new = pairs.candidate.tensor[pairs.new[index]]
+    both = old * len(pairs.candidate.lines) + new
+    _, first, place = np.unique(both, return_index=True, return_inverse=True)
+    return index[first], place.reshape(-1)
 
 
 @dataclass(slots=True)
 class Columns:
-    """Numbers of some rows of one capture.
+    """Numbers of some `t` lines.
 
     Attributes:
         count: Elements.
@@ -157,7 +358,11 @@ class Columns:
         total: Sum, NaN for integer types.
         squares: Sum of squares, NaN for integer types.
         nonfinite: (n, 3) counts of NaN, +Inf, -Inf.
-        is_float: Whether sums and a sketch exist.
+        has_sums: Whether the type has sums and a sketch: floats and complex.
+        codes: Element types.
+        shapes: Shapes.
+        sketches: Sketches in base 85, empty where there is none.
+        scales: Scale of each 16-bit sketch, else NaN.
     """
 
     count: _F64
@@ -165,71 +370,39 @@ class Columns:
     low: _F64
     total: _F64
     squares: _F64
-    nonfinite: npt.NDArray[np.int64]
-    is_float: npt.NDArray[np.bool_]
+    nonfinite: _I64
+    has_sums: _Bools
+    codes: list[str]
+    shapes: list[list[int]]
+    sketches: list[str]
+    scales: _F64
 
 
-def columns_of(tensors: list[TensorLine]) -> Columns:
+def columns_of(tensors: Sequence[TensorLine]) -> Columns:
     """Numbers of `t` lines as columns."""
     size = len(tensors)
-    values = np.full((size, 4), np.nan)
+    lengths = np.array([len(t.v) for t in tensors])
+    padding = [None, None]
+    numbers = [t.v if len(t.v) == _WITH_SUMS else [*t.v, *padding] for t in tensors]
+    values = np.array(numbers, dtype=np.float64).reshape(size, _WITH_SUMS)
     nonfinite = np.zeros((size, 3), dtype=np.int64)
-    count = np.ones(size)
-    is_float = np.zeros(size, dtype=np.bool_)
-    for index, tensor in enumerate(tensors):
-        for place, value in enumerate(tensor.v):
-            if value is not None:
-                values[index, place] = value
-        if tensor.x:
-            nonfinite[index] = tensor.x
-        count[index] = np.prod(tensor.s, dtype=np.float64) if tensor.s else 1.0
-        element = BY_CODE.get(tensor.d)
-        is_float[index] = element is not None and is_sketched(element.name)
+    for index in [index for index, tensor in enumerate(tensors) if tensor.x]:
+        nonfinite[index] = tensors[index].x
     return Columns(
-        count,
+        np.array([math.prod(t.s) for t in tensors], dtype=np.float64),
         values[:, 0],
         values[:, 1],
         values[:, 2],
         values[:, 3],
         nonfinite,
-        is_float,
+        lengths == _WITH_SUMS,
+        [t.d for t in tensors],
+        [t.s for t in tensors],
+        [t.q for t in tensors],
+        np.array([t.a for t in tensors], dtype=np.float64),
     )
 
 
-def _single_distance(old: TensorLine, new: TensorLine) -> float:
-    """Distance of two single elements, which have no sketch; NaN for anything else."""
-    values = [line.v[0] for line in (old, new) if len(line.v) == 4]  # noqa: PLR2004
-    if old.s != new.s or np.prod(old.s) != 1 or len(values) != 2:  # noqa: PLR2004
-        return float("nan")
-    a, b = values
-    if a is None or b is None:
-        return 0.0 if a is b else float("nan")
-    return abs(float(a) - float(b))
-
-
-def sketch_distances(
-    golden: list[TensorLine], candidate: list[TensorLine]
-) -> tuple[_F64, _F64]:
-    """Distance and cosine of pairs of sketches.
-
-    Where one side has 64 buckets and the other 32, the former is folded.
-
-    Returns:
-        (n,) estimated L2 distance and (n,) cosine; NaN where a side has no sketch.
-    """
-    distance = np.full(len(golden), np.nan)
-    cosine = np.full(len(golden), np.nan)
-    for index, (old, new) in enumerate(zip(golden, candidate, strict=True)):
-        if not old.q or not new.q:
-            distance[index] = _single_distance(old, new)
-            continue
-        a, b = unpack(old.q, old.a), unpack(new.q, new.a)
-        if a.size > b.size:
-            a = fold(a)
-        elif b.size > a.size:
-            b = fold(b)
-        distance[index] = np.linalg.norm(a - b)
-        length = np.linalg.norm(a) * np.linalg.norm(b)
-        if length > 0:
-            cosine[index] = float(a @ b) / length
-    return distance, cosine
+def differs(old: Sequence[object], new: Sequence[object]) -> _Bools:
+    """Where two columns of any values differ."""
+    return np.array([a != b for a, b in zip(old, new, strict=True)], dtype=np.bool_)

@@ -2,41 +2,74 @@
 """Compares the generated tokens and their log-probabilities: the headline."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from pytest_msprobe.dump.capture import Request
-from pytest_msprobe.model.verdict import TokenDifference
+from pytest_msprobe.dump.capture import CaptureFile, Request
+from pytest_msprobe.model.verdict import TokenDifference, portable
 
 
-def _number(value: float | str) -> float:
-    return float(value)
+def implied_tokens(capture: CaptureFile) -> dict[int, int]:
+    """For each request how many tokens its recorded steps must have sampled.
+
+    A step samples a token for each request whose last prompt token, or a later one, is
+    the last that it computes.
+    """
+    prompts = {r.label: r.prompt_tokens for r in capture.header.requests}
+    implied = dict.fromkeys(prompts, 0)
+    for step in capture.steps:
+        for label, rows, position in step.requests:
+            if label in prompts and position + rows >= prompts[label]:
+                implied[label] += 1
+    return implied
+
+
+def unrecorded_tokens(capture: CaptureFile) -> dict[int, tuple[int, int]]:
+    """Requests with fewer tokens than their steps sampled: missing ones of how many."""
+    implied = implied_tokens(capture)
+    return {
+        request.label: (implied[request.label] - len(request.tokens),
+                        implied[request.label])
+        for request in capture.header.requests
+        if len(request.tokens) < implied[request.label]
+    }  # fmt: skip
 
 
 def _first_flip(golden: Request, candidate: Request) -> int | None:
+    """The first token of the golden that the candidate has not."""
     for index, (a, b) in enumerate(zip(golden.tokens, candidate.tokens, strict=False)):
         if a != b:
             return index
-    if len(golden.tokens) != len(candidate.tokens):
-        return min(len(golden.tokens), len(candidate.tokens))
+    if len(golden.tokens) > len(candidate.tokens):
+        return len(candidate.tokens)
     return None
 
 
 def positions_behind_flips(
-    golden: Sequence[Request], candidate: Sequence[Request]
+    golden: Sequence[Request],
+    candidate: Sequence[Request],
+    incomplete: Collection[int] = (),
 ) -> dict[int, int]:
-    """For each request with another token: how many generated tokens may be judged.
+    """For each request with another token: number of the first one, from 0.
 
-    The token with number k (from 0) is computed before it is fed back, so segments up
-    to g<k> have the same inputs.
+    Token k is computed before it is fed back, so what is computed up to it has the same
+    inputs.
+
+    Args:
+        golden: Requests of the golden.
+        candidate: Requests of the candidate.
+        incomplete: Labels of requests whose last tokens were not recorded: that they
+            end early tells nothing.
     """
     here = {request.label: request for request in candidate}
-    behind: dict[int, int] = {}
+    flips: dict[int, int] = {}
     for request in golden:
         other = here.get(request.label)
         flip = _first_flip(request, other) if other is not None else None
-        if flip is not None:
-            behind[request.label] = flip
-    return behind
+        if flip is None or other is None:
+            continue
+        if flip < len(other.tokens) or request.label not in incomplete:
+            flips[request.label] = flip
+    return flips
 
 
 def logprob_difference(
@@ -48,10 +81,10 @@ def logprob_difference(
         The absolute difference, and whether it is only a lower bound because the
         token is not among the candidate's best.
     """
-    token, old = golden.tokens[index], _number(golden.logprobs[index])
+    token, old = golden.tokens[index], float(golden.logprobs[index])
     if candidate.tokens[index] == token:
-        return _difference(old, _number(candidate.logprobs[index])), False
-    best = {i: _number(value) for i, value in candidate.top[index]}
+        return _difference(old, float(candidate.logprobs[index])), False
+    best = {i: float(value) for i, value in candidate.top[index]}
     if token in best:
         return _difference(old, best[token]), False
     least = min(best.values(), default=-math.inf)
@@ -66,7 +99,12 @@ def _difference(a: float, b: float) -> float:
 
 
 def compare_tokens(
-    golden: Sequence[Request], candidate: Sequence[Request], allowed: float
+    golden: Sequence[Request],
+    candidate: Sequence[Request],
+    allowed: float,
+    *,
+    limit_of: Callable[[int, int], float] | None = None,
+    incomplete: Collection[int] = (),
 ) -> TokenDifference:
     """Greatest difference of log-probabilities and first flipped token.
 
@@ -76,16 +114,20 @@ def compare_tokens(
     Args:
         golden: Requests of the golden.
         candidate: Requests of the candidate.
-        allowed: Limit of the difference, for the record.
+        allowed: Limit of the difference.
+        limit_of: Limit for one token by request and number, where they differ; the
+            difference that is greatest against its limit is then reported.
+        incomplete: Labels of requests whose last tokens were not recorded.
     """
     here = {request.label: request for request in candidate}
-    result = TokenDifference(allowed=allowed)
-    largest = 0.0
+    flips = positions_behind_flips(golden, candidate, incomplete)
+    result = TokenDifference(allowed=portable(allowed))
+    worst = (0.0, 0.0)
     for request in golden:
         other = here.get(request.label)
         if other is None:
             continue
-        flip = _first_flip(request, other)
+        flip = flips.get(request.label)
         common = min(len(request.tokens), len(other.tokens))
         last = common if flip is None else min(flip + 1, common)
         for index in range(last):
@@ -96,14 +138,24 @@ def compare_tokens(
                 if back > difference:
                     difference, is_bound = back, is_back_bound
             result.compared += 1
-            if difference > largest:
-                largest = difference
+            limit = limit_of(request.label, index) if limit_of else allowed
+            found = (_times(difference, limit), difference)
+            if found > worst:
+                worst = found
                 result.at = (request.label, index)
                 result.is_at_least = is_bound
+                result.allowed = portable(limit)
         if flip is not None and result.flipped is None:
             result.flipped = (request.label, flip)
             if flip < common:
                 result.golden_token = request.tokens[flip]
                 result.token = other.tokens[flip]
-    result.largest = largest if math.isfinite(largest) else str(largest)
+    result.largest = portable(worst[1])
     return result
+
+
+def _times(difference: float, limit: float) -> float:
+    """Difference / limit; an infinite difference is worse than anything."""
+    if difference == 0.0 or math.isinf(difference):
+        return difference
+    return difference / limit if limit > 0 else math.inf

@@ -6,9 +6,10 @@ rules in the order of the file, then a test's marker, then the call. A later rul
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +80,7 @@ class ResolvedLimits:
         is_ignored: (n,) rows that are not judged.
         is_exact: (n,) rows that must have equal checksums.
         logprob: Limit of the difference of log-probabilities.
+        moved_logprob: The same for tokens computed under another scheduling.
         unmatched: Rules whose glob matches none of the rows.
     """
 
@@ -88,6 +90,7 @@ class ResolvedLimits:
     is_ignored: npt.NDArray[np.bool_]
     is_exact: npt.NDArray[np.bool_]
     logprob: float
+    moved_logprob: float
     unmatched: list[Rule]
 
     def origin(self, metric: str, row: int) -> str:
@@ -100,6 +103,8 @@ def resolve_limits(
     rules: Iterable[Rule],
     defaults: dict[str, float],
     mode: KeyMode,
+    *,
+    moved: tuple[npt.NDArray[np.bool_], dict[str, float]] | None = None,
 ) -> ResolvedLimits:
     """Applies rules to rows.
 
@@ -108,16 +113,20 @@ def resolve_limits(
         rules: In order; a later one wins.
         defaults: Limit of every metric.
         mode: Rules for the other mode are left out.
+        moved: (n,) rows computed under another scheduling than the golden's, and
+            their defaults.
     """
     size = len(names)
     sources = [DEFAULT]
+    is_moved, moved_defaults = moved or (np.zeros(size, np.bool_), defaults)
     result = ResolvedLimits(
-        {m: np.full(size, defaults[m]) for m in ROW_METRICS},
+        {m: np.where(is_moved, moved_defaults[m], defaults[m]) for m in ROW_METRICS},
         {m: np.zeros(size, dtype=np.int64) for m in ROW_METRICS},
         sources,
         np.zeros(size, dtype=np.bool_),
         np.zeros(size, dtype=np.bool_),
         defaults["logprob"],
+        moved_defaults["logprob"],
         [],
     )
     for rule in rules:
@@ -129,7 +138,7 @@ def resolve_limits(
         sources.append(rule.origin)
         for metric, limit in rule.limits.items():
             if metric == "logprob":
-                result.logprob = limit
+                result.logprob = result.moved_logprob = limit
                 continue
             result.limits[metric][mask] = limit
             result.origins[metric][mask] = len(sources) - 1
@@ -143,7 +152,8 @@ def resolve_limits(
 def _matching(rule: Rule, names: Sequence[str]) -> npt.NDArray[np.bool_]:
     if rule.rows == "*":
         return np.ones(len(names), dtype=np.bool_)
-    matches = (fnmatchcase(name, rule.rows) for name in names)
+    match = re.compile(translate(rule.rows)).match
+    matches = (match(name) is not None for name in names)
     return np.fromiter(matches, np.bool_, len(names))
 
 
@@ -155,6 +165,16 @@ def unmatched_error(rule: Rule, names: Sequence[str]) -> ConfigError:
     return ConfigError(message, slug="rule-unmatched", hint=hint)
 
 
-def with_floor(limit: npt.NDArray[np.float64], metric: str) -> npt.NDArray[np.float64]:
-    """A limit with the error of the stored sketch added where it plays a part."""
-    return limit + STORAGE_FLOOR if metric == "rel_l2" else limit
+def with_floor(
+    limit: npt.NDArray[np.float64], metric: str, is_coarse: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
+    """A limit with the error of stored sketches added where it plays a part.
+
+    Args:
+        limit: (n,) limits.
+        metric: Only rel_l2 is computed from sketches.
+        is_coarse: (n,) rows where one side has a sketch of int16.
+    """
+    if metric != "rel_l2":
+        return limit
+    return np.where(is_coarse, limit + STORAGE_FLOOR, limit)

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judgement of one test as data; every report renders this record."""
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
 import msgspec
 
-SCHEMA = 1
+from pytest_msprobe.model.limits import KeyMode, Rule
+
+SCHEMA = 2
+OLDEST_READABLE = 1
 
 Status = Literal["pass", "changed", "fail", "incomparable", "missing"]
 DivergenceKind = Literal["origin", "drift", "weights", "inputs"]
+
+
+def portable(value: float) -> float | str:
+    """A number that JSON holds: `inf`, `-inf` and `nan` as text."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
 
 
 class RowId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +50,7 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         row: The row.
         metric: The metric with the largest ratio.
         observed: Its value, unitless; infinity as text.
-        allowed: The limit, storage floor included.
+        allowed: The limit, storage floor included; infinity as text.
         ratio: Observed / allowed.
         rule: Origin of the limit, file:line or `default`.
         detail: What differs where a number does not tell, e.g. dtypes.
@@ -49,7 +59,7 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     row: RowId
     metric: str
     observed: float | str
-    allowed: float
+    allowed: float | str
     ratio: float | str
     rule: str
     detail: str = ""
@@ -65,8 +75,8 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
         between: Child whose input already differed, if the call's own code is guilty.
         finding: The row that shows it.
         parameter: The first parameter that differs, for weights.
-        input_error: Largest relative L2 error of the call's inputs.
-        output_error: Largest relative L2 error of its outputs.
+        input_error: Largest relative L2 error of the call's inputs; infinity as text.
+        output_error: Largest relative L2 error of its outputs, likewise.
     """
 
     kind: DivergenceKind
@@ -75,8 +85,8 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     between: str = ""
     finding: Finding | None = None
     parameter: str = ""
-    input_error: float = 0.0
-    output_error: float = 0.0
+    input_error: float | str = 0.0
+    output_error: float | str = 0.0
 
 
 class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -87,7 +97,7 @@ class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
         largest: Greatest difference of the log-probability of a golden token.
         is_at_least: The token left the candidate's top 20: the difference is a bound.
         at: (request, token number) of the largest, or None.
-        allowed: Its limit.
+        allowed: Its limit; infinity as text.
         flipped: (request, token number) of the first other token, or None.
         golden_token: The golden's token there.
         token: The candidate's token there.
@@ -97,10 +107,41 @@ class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
     largest: float | str = 0.0
     is_at_least: bool = False
     at: tuple[int, int] | None = None
-    allowed: float = 0.0
+    allowed: float | str = 0.0
     flipped: tuple[int, int] | None = None
     golden_token: int | None = None
     token: int | None = None
+
+
+class AppliedRule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A tolerance as it was applied; fields as in `model.limits.Rule`.
+
+    Attributes:
+        origin: Where it comes from.
+        rows: Glob over row names.
+        mode: The numerics key relation it applies to, None for both.
+        limits: Limit of each metric it sets; infinity as text.
+        ignore: Rows are not judged.
+        exact: Rows must have equal checksums.
+    """
+
+    origin: str
+    rows: str = "*"
+    mode: KeyMode | None = None
+    limits: dict[str, float | str] = {}
+    ignore: bool = False
+    exact: bool = False
+
+    @classmethod
+    def of(cls, rule: Rule) -> Self:
+        """The record of a rule."""
+        limits = {name: portable(limit) for name, limit in rule.limits.items()}
+        return cls(rule.origin, rule.rows, rule.mode, limits, rule.ignore, rule.exact)
+
+    def rule(self) -> Rule:
+        """The rule that was recorded."""
+        limits = {name: float(limit) for name, limit in self.limits.items()}
+        return Rule(self.origin, self.rows, self.mode, limits, self.ignore, self.exact)
 
 
 class Verdict(msgspec.Struct, forbid_unknown_fields=True):
@@ -111,8 +152,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         test: Node id.
         status: pass; changed (within limits, other checksums); fail; incomparable;
             missing (no golden).
-        golden: Path of the golden.
-        capture: Path of the candidate's capture file.
+        golden: Path of the golden; in a file relative to the file's folder.
+        capture: Path of the candidate's capture file, likewise.
         mode: same or cross numerics key.
         golden_key: Numerics key of the golden.
         key: Numerics key of the candidate.
@@ -121,7 +162,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         failed: Rows outside their limits.
         missing: Rows of the golden that the candidate lacks.
         extra: Rows of the candidate that the golden lacks.
-        unjudged: Rows behind the first flipped token.
+        unjudged: Rows behind the first flipped token, and the flipped tokens as rows.
         left_out: Slots that cannot be judged, by reason.
         tokens: How the generated tokens moved.
         divergence: Where it began, for a failure.
@@ -132,6 +173,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         changes: What else made the two captures: name, golden's and candidate's value.
         notes: Remarks for the reader.
         rank: Rank.
+        rules: Tolerances beyond the defaults, in the order in which they apply.
+        command: Command that accepts what was captured; empty where it is not known.
     """
 
     test: str
@@ -157,6 +200,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     changes: list[tuple[str, Any, Any]] = []
     notes: list[str] = []
     rank: int = 0
+    rules: list[AppliedRule] = []
+    command: str = ""
 
     @property
     def is_green(self) -> bool:

@@ -140,28 +140,26 @@ def _provenance(verdict: Verdict) -> list[str]:
     return ["made differently:", *lines] if lines else []
 
 
-def render_failure(verdict: Verdict, *, update_command: str) -> str:
+def render_failure(verdict: Verdict, *, update_command: str | None) -> str:
     """The message of a failing test.
 
     Args:
         verdict: A verdict that is not green.
-        update_command: The command that accepts what was captured.
+        update_command: The command that accepts what was captured, if there is one.
     """
     if verdict.status == "missing":
-        return "\n".join(
-            (
-                summary_line(verdict),
-                f"it would be {verdict.golden}",
-                f"write it and review it: {update_command}",
-                f"captured: {verdict.capture}",
-            )
-        )
+        lines = [summary_line(verdict), f"it would be {verdict.golden}"]
+        if update_command is not None:
+            lines.append(f"write it and review it: {update_command}")
+        lines.append(f"captured: {verdict.capture}")
+        return "\n".join(lines)
+    meant = []
+    if update_command is not None:
+        meant = [f"if this is meant, update it: {update_command}"]
     lines = [summary_line(verdict)]
     if verdict.status == "incomparable":
         lines += [f"  {reason}" for reason in verdict.reasons[:_REASONS]]
-        lines.append(f"golden: {verdict.golden}")
-        lines.append(f"if this is meant, update it: {update_command}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"golden: {verdict.golden}", *meant])
     lines.append(describe_tokens(verdict.tokens))
     lines += verdict.notes
     lines.append(_counts(verdict))
@@ -170,18 +168,20 @@ def render_failure(verdict: Verdict, *, update_command: str) -> str:
     first = verdict.divergence.finding if verdict.divergence is not None else None
     lines += _table(verdict.worst, first)
     lines += _provenance(verdict)
-    lines.append(f"golden:  {verdict.golden} ({verdict.golden_key})")
-    lines.append(f"capture: {verdict.capture} ({verdict.key})")
-    lines.append(f"if this is meant, update it: {update_command}")
-    return "\n".join(lines[:MAX_LINES])
+    ends = [
+        f"golden:  {verdict.golden} ({verdict.golden_key})",
+        f"capture: {verdict.capture} ({verdict.key})",
+        *meant,
+    ]
+    return "\n".join([*lines[: MAX_LINES - len(ends)], *ends])
 
 
 def render_green(verdict: Verdict) -> str:
-    """One line about a verdict that is green."""
+    """A line about a verdict that is green, and one for each of its notes."""
     text = f"{verdict.test}: {verdict.status}: {_counts(verdict)}"
     if verdict.mode == "cross":
-        text += f"; golden of another key ({verdict.golden_key}, this is {verdict.key})"
+        text += "; golden of another key"
     largest = verdict.tokens.largest
     if largest:
         text += f"; greatest |Δlogprob| {number(largest)}"
-    return text
+    return "\n".join([text, *(f"  {note}" for note in verdict.notes)])

@@ -4,9 +4,15 @@
 import math
 
 import pytest
-from captures import request
+from captures import capture, request, step_line
 
-from pytest_msprobe.compare.tokens import compare_tokens, positions_behind_flips
+from pytest_msprobe.compare.tokens import (
+    compare_tokens,
+    implied_tokens,
+    positions_behind_flips,
+    unrecorded_tokens,
+)
+from pytest_msprobe.dump.capture import StepLine
 
 
 def difference(golden, candidate, allowed=0.01):
@@ -112,3 +118,61 @@ def test_requests_are_paired_by_label():
     assert found.compared == 2
     assert not math.isnan(found.largest)
     assert found.largest == 0.0
+
+
+def test_more_tokens_than_the_golden_are_no_flip():
+    """A capture that goes on where the golden ends has flipped nothing."""
+    found = difference(request((5,), (-0.1,)), request((5, 6), (-0.1, -0.1)))
+
+    assert (found.flipped, found.compared) == (None, 1)
+
+
+def test_an_end_without_a_record_is_no_flip():
+    """Tokens that were not recorded say nothing about the ones that were."""
+    golden, candidate = request((5, 6, 7), (-0.1,) * 3), request((5,), (-0.1,))
+
+    found = compare_tokens([golden], [candidate], 0.01, incomplete={0})
+    flipped = request((50,), (-0.1,))
+
+    assert (found.flipped, found.compared) == (None, 1)
+    assert positions_behind_flips([golden], [flipped], {0}) == {0: 0}
+
+
+def test_steps_imply_tokens():
+    """Each step whose last token is the prompt's last or a later one samples one."""
+    chunks = [
+        StepLine(0, 3, [(0, 3, 0)]),  # half a prompt of 4: nothing is sampled
+        StepLine(1, 5, [(0, 1, 3), (1, 4, 0)]),
+        StepLine(2, 2, [(0, 1, 4), (1, 1, 4)]),
+        StepLine(3, 1, [(0, 1, 5)]),
+    ]
+    two = [request((5, 6, 7), (-0.1,) * 3), request((5,), (-0.1,), label=1)]
+    recorded = capture([], steps=0, requests=two)
+    recorded.entries += chunks
+
+    assert implied_tokens(recorded) == {0: 3, 1: 2}
+    assert unrecorded_tokens(recorded) == {1: (1, 2)}
+
+
+def test_unknown_steps_imply_nothing():
+    """Without a layout of the steps no token is missed."""
+    recorded = capture([], steps=0, requests=[request()])
+    recorded.entries.append(StepLine(0))
+
+    assert unrecorded_tokens(recorded) == {}
+    recorded.entries += [step_line(step) for step in range(3)]
+    assert unrecorded_tokens(recorded) == {0: (1, 3)}
+
+
+def test_the_worst_difference_is_that_against_its_limit():
+    """Where tokens have limits of their own, the reported one is nearest to failing."""
+    golden = request((5, 6), (-0.1, -0.1))
+    candidate = request((5, 6), (-0.12, -0.15))
+
+    found = compare_tokens(
+        [golden], [candidate], 0.01, limit_of=lambda _, number: 0.01 + number
+    )
+
+    assert found.at == (0, 0)
+    assert found.largest == pytest.approx(0.02)
+    assert found.allowed == 0.01

@@ -67,8 +67,25 @@ def test_the_nearest_row_is_named():
 
 
 def test_the_floor_of_storage_is_added_to_the_sketchs_metric():
-    """Only rel_l2 is computed from stored sketches."""
-    limit = np.array([1e-3])
+    """Only rel_l2 is computed from stored sketches, and only int16 ones are coarse."""
+    limit = np.array([1e-3, 1e-3])
+    is_coarse = np.array([True, False])
 
     for metric in ROW_METRICS:
-        assert (with_floor(limit, metric) > limit).all() == (metric == "rel_l2")
+        raised = with_floor(limit, metric, is_coarse) > limit
+        assert raised.tolist() == [metric == "rel_l2", False]
+
+
+def test_rows_of_another_scheduling_have_their_own_defaults():
+    """Defaults go row by row, rules come on top of both."""
+    same = default_limits("same", "bfloat16")
+    moved = default_limits("same", "bfloat16", is_rescheduled=True)
+    rule = Rule("r", limits={"max": 0.5, "logprob": 0.25})
+
+    limits = resolve_limits(
+        NAMES, [rule], same, "same", moved=(np.array([False, True]), moved)
+    )
+
+    assert limits.limits["norm"].tolist() == [same["norm"], moved["norm"]]
+    assert limits.limits["max"].tolist() == [0.5, 0.5]
+    assert (limits.logprob, limits.moved_logprob) == (0.25, 0.25)

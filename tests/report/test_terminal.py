@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people read."""
 
+import json
+import math
+
 import captures
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from captures import OTHER_KEY, Network, capture, module, request
 
 from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.errors import DumpFormatError
+from pytest_msprobe.model.limits import ROW_METRICS, Rule
 from pytest_msprobe.model.verdict import Verdict
 from pytest_msprobe.report.github import render_annotations, render_summary
 from pytest_msprobe.report.html import render_page
@@ -196,12 +200,95 @@ def test_verdict_files_round_trip(tmp_path):
 
     assert read_verdict(path) == verdict
 
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 7'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 7'))
     with pytest.raises(DumpFormatError, match="schema 7"):
         read_verdict(path)
     path.write_text("{}")
     with pytest.raises(DumpFormatError, match="not a verdict"):
         read_verdict(path)
+
+
+def test_verdict_files_move_with_their_run(tmp_path):
+    """Paths in the file are relative to it, and absolute once it is read."""
+    verdict = verdict_of()
+    verdict.golden = str(tmp_path / "golden" / "t.py" / "t" / "key.jsonl")
+    verdict.capture = str(tmp_path / "runs" / "1" / "t.py" / "t" / "capture.jsonl")
+    folder = tmp_path / "runs" / "1" / "t.py" / "t"
+    folder.mkdir(parents=True)
+
+    write_verdict(verdict, folder / "verdict.json")
+    stored = json.loads((folder / "verdict.json").read_text())
+    there = read_verdict(folder / "verdict.json")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    moved = read_verdict(tmp_path / "elsewhere" / "1" / "t.py" / "t" / "verdict.json")
+
+    assert stored["golden"] == "../../../../golden/t.py/t/key.jsonl"
+    assert stored["capture"] == "capture.jsonl"
+    assert str(tmp_path) not in json.dumps(stored)
+    assert there == verdict
+    assert moved.golden == verdict.golden
+    assert moved.capture == verdict.capture.replace("/runs/", "/elsewhere/")
+
+
+def test_verdict_files_of_the_last_schema_are_read(tmp_path):
+    """A file of schema 1, with whole paths and without rules, is still read."""
+    path = tmp_path / "verdict.json"
+    old = {"test": "t", "status": "pass", "schema": 1, "golden": "/g/a.jsonl"}
+    path.write_text(json.dumps(old))
+
+    verdict = read_verdict(path)
+
+    assert (verdict.schema, verdict.golden, verdict.rules) == (1, "/g/a.jsonl", [])
+
+
+def test_infinite_limits_survive_the_file(tmp_path):
+    """A verdict under infinite limits is read back and shown as such."""
+    everything = dict.fromkeys((*ROW_METRICS, "logprob"), math.inf)
+    rule = Rule("msprobe.yaml:3", limits={**everything, "norm": 1e-6})
+    verdict = verdict_of(rules=[rule])
+    path = tmp_path / "verdict.json"
+
+    write_verdict(verdict, path)
+
+    assert read_verdict(path) == verdict
+    assert read_verdict(path).rules[0].rule() == rule
+    assert "(allowed inf)" in render_failure(verdict, update_command=COMMAND)
+    assert "(allowed inf)" in render_page([verdict])
+
+
+def test_notes_are_printed_under_green_lines():
+    """What was judged otherwise is said where nothing failed as well."""
+    golden = NETWORK.run(key=OTHER_KEY)
+
+    lines = render_green(verdict_of(golden, NETWORK.run())).splitlines()
+
+    assert lines[0].endswith("golden of another key")
+    assert lines[1].startswith(f"  the golden is of {OTHER_KEY}, this is ")
+    assert render_green(verdict_of(golden, golden)).count("\n") == 0
+
+
+def test_the_end_of_a_failure_is_never_cut_off():
+    """However many notes there are, golden, capture and command are shown."""
+    verdict = verdict_of()
+    verdict.notes = [f"note {i}" for i in range(60)]
+
+    lines = render_failure(verdict, update_command=COMMAND).splitlines()
+
+    assert len(lines) == MAX_LINES
+    assert lines[-1].endswith(COMMAND)
+    assert lines[-3].startswith("golden:")
+
+
+@pytest.mark.parametrize("status", ["fail", "incomparable", "missing"])
+def test_no_command_is_made_up(status):
+    """Where nobody knows the command, none is shown."""
+    verdict = verdict_of()
+    verdict.status, verdict.reasons = status, ["reason"]
+
+    text = render_failure(verdict, update_command=None)
+
+    assert "update it" not in text
+    assert "write it" not in text
 
 
 def test_every_report_has_the_same_findings():
