@@ -2,7 +2,7 @@
 """Options and usage errors: one line, exit code 4, no traceback."""
 
 import pytest
-from plugin_project import assert_usage_error
+from plugin_project import ADDOPTS, assert_usage_error
 
 USER = """
 def test_a(msprobe):
@@ -11,9 +11,10 @@ def test_a(msprobe):
 
 
 @pytest.fixture(autouse=True)
-def outside_ci(monkeypatch):
-    """The children of these tests do not run in CI."""
+def outside_ci(pytester, monkeypatch):
+    """The children of these tests do not run in CI, and start fast."""
     monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("PYTEST_ADDOPTS", ADDOPTS)
 
 
 def run(pytester, *arguments, config="capture: {level: L0}\n", test=USER):
