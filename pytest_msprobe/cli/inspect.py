@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that read saved files: no engine, no torch."""
 
+import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,18 +12,34 @@ import msgspec
 from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.dump.capture import CaptureFile, StepLine, read_capture
 from pytest_msprobe.errors import DumpFormatError
+from pytest_msprobe.golden.variants import choose
 from pytest_msprobe.model.names import display_name
+from pytest_msprobe.model.verdict import Verdict
 from pytest_msprobe.report.record import read_verdict
 from pytest_msprobe.report.terminal import render_failure, render_green
 
 FINDING = 1
 
 
-def check(run: str) -> int:
-    """Judges the captures of a saved run against their goldens again."""
+def check(run: str, *, golden: str | None = None) -> int:
+    """Judges the captures of a saved run against their goldens again.
+
+    Captures are found beside their verdicts, wherever the run lies now, and are judged
+    with the tolerances that the verdicts hold.
+
+    Args:
+        run: Run folder, or a folder in it.
+        golden: Golden tree; if not given, each golden where the run found it, relative
+            to the run.
+
+    Returns:
+        0, or 1 where a verdict is not green.
+    """
     paths = sorted(Path(run).rglob("verdict*.json"))
     if not paths:
         raise DumpFormatError(f"{run}: no verdict.json below it; expected a run folder")
+    if golden is not None and not Path(golden).is_dir():
+        raise DumpFormatError(f"--golden {golden}: no such folder")
     code = 0
     for path in paths:
         old = read_verdict(path)
@@ -29,30 +47,88 @@ def check(run: str) -> int:
             print(f"{old.test}: missing: no golden")
             code = FINDING
             continue
-        golden, candidate = (
-            read_capture(Path(old.golden)),
-            read_capture(Path(old.capture)),
-        )
-        code = max(code, _print_verdict(golden, candidate))
+        candidate = read_capture(Path(old.capture))
+        source = _golden_of(old, path, candidate, golden)
+        verdict = judge(
+            read_capture(source), candidate, [rule.rule() for rule in old.rules]
+        ).verdict
+        code = max(code, _print_verdict(verdict, _update_command(old)))
     return code
 
 
+def _golden_of(
+    verdict: Verdict, path: Path, candidate: CaptureFile, tree: str | None
+) -> Path:
+    """The golden that a saved capture is judged against.
+
+    Args:
+        verdict: The verdict of the run.
+        path: Where it was read from.
+        candidate: The capture.
+        tree: Golden tree, None for the one of the run.
+
+    Raises:
+        DumpFormatError: There is none.
+    """
+    recorded = Path(verdict.golden)
+    if tree is None or recorded.name.startswith("capture."):
+        # A capture of the same run, or the golden where it was.
+        if not recorded.is_file():
+            message = f"{recorded}: no such golden, for {verdict.test}"
+            raise DumpFormatError(message, hint="name the golden tree: --golden DIR")
+        return recorded
+    folder = Path(tree, *_place(recorded.parent, path.parent.absolute()))
+    choice = choose(folder, candidate.header.key, candidate.header.rank)
+    if choice.path is None:
+        message = f"{folder}: no golden for {verdict.test}"
+        raise DumpFormatError(message, hint="--golden names the root of a golden tree")
+    return choice.path
+
+
+def _place(golden: Path, run: Path) -> list[str]:
+    """Test file and test name: goldens and runs have them as their last folders."""
+    place: list[str] = []
+    for a, b in zip(reversed(golden.parts), reversed(run.parts), strict=False):
+        if a != b:
+            break
+        place.insert(0, a)
+    return place
+
+
+def _update_command(verdict: Verdict) -> str | None:
+    """The command that accepts what a run captured.
+
+    It is the recorded one, else the configuration is looked for where goldens have it:
+    beside the golden tree. None where neither is known.
+    """
+    if verdict.command:
+        return verdict.command
+    for folder in Path(verdict.golden).parents:
+        config = folder / "msprobe.yaml"
+        if config.is_file():
+            test, _, name = verdict.test.partition("::")
+            if (folder / test).is_file():
+                test = os.path.relpath(folder / test)
+            parts = ["pytest", "--msprobe-config", os.path.relpath(config)]
+            parts += ["--msprobe-update=failing", f"{test}::{name}"]
+            return shlex.join(parts)
+    return None
+
+
 def compare(golden: str, candidate: str, *, as_json: bool) -> int:
-    """Judges one capture file against another."""
-    old, new = read_capture(Path(golden)), read_capture(Path(candidate))
+    """Judges one capture file against another, with the default tolerances."""
+    verdict = judge(read_capture(Path(golden)), read_capture(Path(candidate))).verdict
     if as_json:
-        verdict = judge(old, new).verdict
         sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
         return 0 if verdict.is_green else FINDING
-    return _print_verdict(old, new)
+    return _print_verdict(verdict, None)
 
 
-def _print_verdict(golden: CaptureFile, candidate: CaptureFile) -> int:
-    verdict = judge(golden, candidate).verdict
+def _print_verdict(verdict: Verdict, update_command: str | None) -> int:
     if verdict.is_green:
         print(render_green(verdict))
         return 0
-    print(render_failure(verdict, update_command="pytest --msprobe-update=failing"))
+    print(render_failure(verdict, update_command=update_command))
     return FINDING
 
 

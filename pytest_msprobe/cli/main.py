@@ -4,6 +4,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pytest_msprobe.cli import inspect, runs
 from pytest_msprobe.errors import MsprobeError
@@ -11,9 +12,18 @@ from pytest_msprobe.errors import MsprobeError
 USAGE_ERROR = 4
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that leaves with the exit code that pytest has for wrong use."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and leaves."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pytest-msprobe",
         description="Precision regression testing of vLLM models.",
     )
@@ -26,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check = commands.add_parser("check", help="judge a saved run again")
     check.add_argument("run", help="run folder, or a folder in it")
-    check.set_defaults(action=lambda options: inspect.check(options.run))
+    check.add_argument(
+        "--golden",
+        metavar="DIR",
+        help="golden tree, where it no longer lies where the run found it",
+    )
+    check.set_defaults(action=lambda o: inspect.check(o.run, golden=o.golden))
     compare = commands.add_parser("compare", help="judge one capture against another")
     compare.add_argument("golden", help="golden or capture file")
     compare.add_argument("candidate", help="capture file or golden")
@@ -44,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _pytest_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: "argparse._SubParsersAction[_Parser]",
     name: str,
     run: Callable[[Sequence[str]], int],
     text: str,
