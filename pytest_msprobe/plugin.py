@@ -160,7 +160,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     state.is_selection |= any("::" in argument for argument in session.config.args)
     try:
         for item in session.items:
-            if item in users or item.get_closest_marker(MARKER) is not None:
+            if item.nodeid in state.users or item.get_closest_marker(MARKER):
                 needs_engine = "msprobe_engine" in _fixture_names(item)
                 state.validate(item, needs_engine=needs_engine)
     except MsprobeError as error:
