@@ -112,10 +112,36 @@ def unequal_rows(golden, candidate):
     return [row.text for row, same in zip(pairs.ids, equal, strict=True) if not same]
 
 
-def assert_changed(golden, candidate, call, slot="output.0"):
-    """The planted fault really changed this tensor; what went in did not."""
+def assert_changed(golden, candidate, call, slot="output.0", *, inputs_equal=False):
+    """The planted fault really changed this tensor.
+
+    Args:
+        golden: The capture without the fault.
+        candidate: The capture with it.
+        call: Path of a module, or an operator.
+        slot: The slot that must have changed.
+        inputs_equal: What went into the module must be the same, up to the first token
+            that flipped: for faults that do not touch its inputs.
+    """
     names = unequal_rows(golden, candidate)
     assert any(f".{call}." in name and f".{slot}@" in name for name in names), names[:5]
+    if not inputs_equal:
+        return
+    from pytest_msprobe.compare.schedule import compare_schedules
+    from pytest_msprobe.compare.tokens import positions_behind_flips
+    from pytest_msprobe.model.names import parse_call_name
+
+    pairs = pair_rows(golden, candidate)
+    flips = positions_behind_flips(golden.header.requests, candidate.header.requests)
+    schedule = compare_schedules(golden, candidate, flips)
+    entered = [
+        (row.text, same)
+        for row, same in zip(pairs.ids, pairs.is_equal, strict=True)
+        if row.slot.startswith("input") and not schedule.is_behind(row.segment)
+        if getattr(parse_call_name(row.call), "module_path", "") == call
+    ]
+    assert entered, f"{call} has no inputs that could be checked"
+    assert all(same for _, same in entered), [n for n, same in entered if not same]
 
 
 @contextlib.contextmanager
