@@ -87,7 +87,7 @@ class Errors:
 
     def finding(self, i: int) -> Finding:
         """The worst metric of one row."""
-        row = self._pairs.candidate.row_id(int(self._pairs.new[i]))
+        (row,) = self._pairs.candidate.row_ids(self._pairs.new[i : i + 1])
         ratio = portable(self.ratio[i])
         if self._reason[i] != _TOLERATED:
             metric, detail = _describe(int(self._reason[i]), *self._pairs.line_pair(i))

@@ -232,11 +232,21 @@ class _Judge:
                     verdict.reasons.append("there are no tokens to judge either")
         if verdict.missing:
             verdict.reasons.append(f"{verdict.missing} rows of the golden are missing")
-        tokens = {request.label: request.tokens for request in self._requests[0]}
-        verdict.reasons.extend(
+        self._note_unrecorded_tokens()
+
+    def _note_unrecorded_tokens(self) -> None:
+        """Tokens that one side should have; models that sample none have none."""
+        old, new = ({r.label: len(r.tokens) for r in side} for side in self._requests)
+        self._verdict.reasons.extend(
             f"request {label}: {missing} of {count} tokens were not recorded"
             for label, (missing, count) in self._unrecorded.items()
-            if tokens.get(label)
+            if old.get(label)
+        )
+        self._verdict.notes.extend(
+            f"request {label}: the golden lacks {missing} of {count} tokens, which are "
+            "not judged"
+            for label, (missing, count) in unrecorded_tokens(self._golden).items()
+            if new[label] > old[label]
         )
 
     def _settle(self, pairs: Pairs, errors: Errors, masks: _Masks) -> None:
@@ -269,10 +279,12 @@ class _Judge:
             )
         moved = self._schedule.moved
         if moved:
+            limits = "the limits for other scheduling hold, and "
             notes.append(
                 "requests were batched or chunked differently than in the golden "
-                f"({_describe_moved(moved)}): from there on the limits for other "
-                "scheduling hold, and rows without a token dimension are not judged"
+                f"({_describe_moved(moved)}): from there on "
+                f"{limits if self._mode == 'same' else ''}rows without a token "
+                "dimension are not judged"
             )
         if verdict.tokens.flipped is not None:
             notes.append(

@@ -57,8 +57,10 @@ def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
         api = apis.get(text)
         if api is None:
             name = parse_call_name(text)
-            is_module = name is None or name.is_module
-            api = apis[text] = "" if is_module else f"{name.prefix}.{name.path}"  # type: ignore[union-attr]
+            api = ""
+            if name is not None and not name.is_module:
+                api = f"{name.prefix}.{name.path}"
+            apis[text] = api
         if not api:
             places.append(text)
             continue
@@ -116,12 +118,17 @@ class Rows:
     is_output: _Bools
     uses: _I64
 
-    def row_id(self, row: int) -> RowId:
-        """Identity of a row."""
-        call = int(self.call[row])
-        slot = list(self.words.slots)[int(self.slot[row])]
-        segment = self.lines[int(self.tensor[row])].g
-        return RowId(self.calls[call].c, slot, segment, int(self.steps[call]))
+    def row_ids(self, rows: _I64) -> list[RowId]:
+        """Identity of some rows."""
+        slots, segments = list(self.words.slots), list(self.words.segments)
+        steps = self.steps[self.call[rows]]
+        columns = (self.call[rows], self.slot[rows], self.segment[rows], steps)
+        return [
+            RowId(self.calls[call].c, slots[slot], segments[segment], step)
+            for call, slot, segment, step in zip(
+                *(column.tolist() for column in columns), strict=True
+            )
+        ]
 
     def names(self, rows: _I64) -> list[str]:
         """Names of some rows, as globs in rules are matched with."""
@@ -298,7 +305,7 @@ class Pairs:
     @property
     def ids(self) -> list[RowId]:
         """Identity of each pair."""
-        return [self.candidate.row_id(row) for row in self.new.tolist()]
+        return self.candidate.row_ids(self.new)
 
     def line_pair(self, index: int) -> tuple[TensorLine, TensorLine]:
         """Both `t` lines of a pair."""
