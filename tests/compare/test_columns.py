@@ -146,6 +146,7 @@ def test_columns_equal_the_definition_row_by_row(pairs):
     for i, pair in enumerate(pairs):
         ratio, rel_l2 = definition(*pair)
         assert errors.ratio[i] == pytest.approx(ratio, rel=1e-12)
+        assert (errors.rel_l2[i] > 0) or not math.isinf(ratio)
         if rel_l2 is not None:
             assert errors.rel_l2[i] == pytest.approx(rel_l2, rel=1e-12)
         if errors.ratio[i] not in (0.0, math.inf):
@@ -192,6 +193,20 @@ def test_wide_sketches_are_folded_against_narrow_ones():
     )  # fmt: skip
 
     assert found == pytest.approx(distance(narrow, wide), rel=1e-12)
+
+
+def test_pairs_stand_in_the_candidates_order():
+    """Rows are paired by what they are, and keep the order of their execution."""
+    golden, candidate = captures.Network().run(), captures.Network().run()
+    calls = golden.entries[1:]
+    golden.entries[1:] = [calls[4], *calls[:4], calls[5]]
+
+    pairs = pair_rows(golden, candidate)
+
+    expected = [call.c for _, call in candidate.calls() for _ in (call.i, call.o)]
+    assert [row.call for row in pairs.ids] == expected
+    assert pairs.new.tolist() == list(range(12))
+    assert pairs.is_equal.all()
 
 
 def test_tensor_ids_may_be_any_numbers():

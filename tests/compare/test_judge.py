@@ -107,6 +107,26 @@ def test_growth_below_three_is_drift():
     assert verdict.divergence.module == "c"
 
 
+def test_drift_names_a_leaf():
+    """Where the error only grew, no module that others are in is named."""
+    rng = np.random.default_rng(1)
+    x, d = rng.standard_normal((2, 4, 32))
+
+    def make(errors):
+        v = [x + d * e for e in errors]
+        calls = [
+            (module("q.a"), 1, {"input_args.0": v[0]}, {"output.0": v[1]}),
+            (module("q.b"), 1, {"input_args.0": v[1]}, {"output.0": v[2]}),
+            (module("q"), 0, {"input_args.0": v[0]}, {"output.0": v[2]}),
+            (module("c"), 0, {"input_args.0": v[2]}, {"output.0": v[3]}),
+        ]
+        return capture(calls)
+
+    verdict = verdict_of(make((0, 0, 0, 0)), make((1e-4, 5e-4, 9e-4, 1.5e-3)))
+
+    assert (verdict.divergence.kind, verdict.divergence.module) == ("drift", "c")
+
+
 @pytest.mark.parametrize("segment", ["0.first", "0.prompt", "0.g1"])
 def test_each_segment_is_judged(segment):
     """An error in one segment is seen whatever the others hold."""
@@ -186,6 +206,19 @@ def test_zeros_that_are_no_longer_zero_fail():
 
     assert verdict.status == "fail"
     assert verdict.worst[0].ratio == "inf"
+
+
+def test_outputs_are_shown_first_and_the_worst_of_them():
+    """Failing rows stand outputs before inputs, each by its ratio, a tensor once."""
+    golden, candidate = NETWORK.run(), NETWORK.run(inside="b")
+
+    worst = verdict_of(golden, candidate).worst
+
+    keys = [(f.row.slot.startswith("input"), -float(f.ratio)) for f in worst]
+    assert keys == sorted(keys)
+    assert [f.row.slot for f in worst].count("input_args.0") == 2
+    names = {f.row.text for f in worst}
+    assert len(names) == len(worst)
 
 
 def test_missing_rows_fail():
@@ -507,6 +540,19 @@ def test_integers_of_a_flipped_token_are_not_judged():
     assert verdict_of(golden, before).failed == 1
 
 
+def test_logits_of_a_flipped_token_are_judged():
+    """The sampled id may be another one, what it was sampled from may not."""
+    logits = np.random.default_rng(0).standard_normal((1, 16))
+
+    def make(factor, request):
+        outputs = {"output.0": [("0.g1", logits * factor, "s")]}
+        return capture([(module("lm_head"), 0, {}, outputs)], requests=[request])
+
+    golden = make(1, tied((5, 6), (50, 60)))
+
+    assert verdict_of(golden, make(1.1, tied((5, 60), (50, 6)))).failed == 1
+
+
 def test_integers_that_were_fed_are_judged_at_the_flip():
     """Only what was sampled is left out there: positions and ids still count."""
 
@@ -645,6 +691,24 @@ def test_unjudged_rows_accuse_nobody_across_keys():
     assert verdict.divergence.module == "b"
 
 
+def test_inputs_of_modules_that_agree_accuse_nobody_across_keys():
+    """An unjudged input is no sign where its module computed the same from it."""
+    rng = np.random.default_rng(0)
+    x, scratch = rng.standard_normal((2, 4, 16))
+
+    def make(noise, factor, key):
+        calls = [
+            (module("a"), 1, {"input_args.1": scratch * noise}, {"output.0": x}),
+            (module("b"), 1, {"input_args.0": x}, {"output.0": x * factor}),
+            (module("model"), 0, {}, {"output.0": x * factor}),
+        ]
+        return capture(calls, key=key)
+
+    verdict = verdict_of(make(1, 1, KEY), make(9, 2, OTHER_KEY))
+
+    assert verdict.divergence.module == "b"
+
+
 def test_inputs_tell_whose_code_it_was_across_keys():
     """Where a module's output is off, its input tells that the parent handed it so."""
     verdict = verdict_of(crossed(), crossed(position=9, handed=2))
@@ -764,6 +828,33 @@ def test_apis_keep_their_place_when_one_is_added():
     verdict = verdict_of(make(has_more=False), make(has_more=True))
 
     assert verdict.is_green
+    assert (verdict.extra, verdict.missing) == (1, 0)
+
+
+def test_apis_are_counted_step_by_step():
+    """One operator more in one step does not shift the rows of the next."""
+    x, y = np.random.default_rng(0).standard_normal((2, 2, 8))
+
+    def make(*, has_more):
+        result = capture([], steps=0)
+        for step in (0, 1):
+            count = 2 if has_more and step == 0 else 1
+            calls = [
+                (f"Tensor.mul.{n}.forward", 0, {}, {"output.0": [("", (x, y)[n])]})
+                for n in range(count)
+            ]
+            part = capture(calls)
+            result.entries.append(captures.step_line(step))
+            for call in part.entries[1:]:
+                number = len(result.tensors)
+                result.tensors[number] = part.tensors[call.o["output.0"][0]]
+                call.o["output.0"] = [number]
+                result.entries.append(call)
+        return result
+
+    verdict = verdict_of(make(has_more=False), make(has_more=True))
+
+    assert (verdict.status, verdict.judged) == ("pass", 2)
     assert (verdict.extra, verdict.missing) == (1, 0)
 
 

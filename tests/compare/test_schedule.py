@@ -70,6 +70,16 @@ def test_chunks_and_batches_move_their_requests():
     assert compared(ONE_BY_ONE, later).moved == {0: 4, 1: 0}
 
 
+def test_steps_of_moved_requests_are_not_comparable():
+    """Whole tensors hold what earlier steps left: equal steps behind are no help."""
+    joined = [TOGETHER[0], ONE_BY_ONE[1]]
+
+    found = compared(ONE_BY_ONE[:2], joined)
+
+    assert found.moved == {0: 0}
+    assert found.equal_steps == found.needed_steps == set()
+
+
 def test_segments_are_moved_by_their_positions():
     """What was computed before a request moved keeps the limits it had."""
     later = [ONE_BY_ONE[0], [(0, 1, 4), (1, 4, 0)]]
@@ -91,6 +101,9 @@ def test_nothing_behind_a_flip_is_compared():
     assert compared(TOGETHER, ended, {0: 1}).moved == {}
     # Request 0 ended with its first token; request 1 then ran without it.
     assert compared(TOGETHER, alone, {0: 0}).moved == {1: 4}
+    apart = [TOGETHER[0], [(0, 1, 4)], [(1, 1, 4)]]
+    assert compared(TOGETHER, apart, {0: 0}).moved == {1: 4}
+    assert compared(TOGETHER, apart).moved == {0: 4, 1: 4}
 
 
 def test_segments_behind_a_flip_are_known():
