@@ -5,7 +5,8 @@
 
 The captures look like those of level mix: modules with operators in them, bfloat16,
 every row with numbers of its own. Three cases: no row has the golden's bits and all are
-within their limits, none is within them, all are bit-identical. Figures are medians.
+within their limits, none is within them, all are bit-identical. Figures are medians of
+processor time: judging runs in one thread, and other work on the machine does not count.
 """
 
 import argparse
@@ -102,12 +103,12 @@ def write(path, rows, shift):
 
 
 def seconds(action, rounds):
-    """Median seconds of an action, and its last result."""
+    """Median processor seconds of an action, and its last result."""
     taken = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         result = action()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return statistics.median(taken), result
 
 
