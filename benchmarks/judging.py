@@ -6,7 +6,7 @@
 The captures look like those of level mix: modules with operators in them, bfloat16,
 every row with numbers of its own. Three cases: no row has the golden's bits and all are
 within their limits, none is within them, all are bit-identical. Figures are medians of
-processor time: judging runs in one thread, and other work on the machine does not count.
+processor time: judging runs in one thread, other work on the machine does not count.
 """
 
 import argparse
