@@ -250,23 +250,24 @@ def test_chunked_prefill_is_added_up(demo_model, folder, l0):
 def test_capture_that_records_nothing_is_an_error(engine, tmp_path):
     """A capture without a step is refused, never an empty pass."""
     from pytest_msprobe.config.debugger_config import DebuggerConfig
-    from pytest_msprobe.engine.client import start_capture, stop_capture
+    from pytest_msprobe.engine.client import converse, start_capture, stop_capture
     from pytest_msprobe.errors import CaptureError
 
-    start_capture(engine, DebuggerConfig(level="L0"), tmp_path, decode_steps=2)
+    config = DebuggerConfig(level="L0")
+    converse(engine, start_capture(config, tmp_path, decode_steps=2))
     with pytest.raises(CaptureError, match="recorded no row in 0 steps"):
-        stop_capture(engine, "test")
+        converse(engine, stop_capture("test"))
 
 
 def test_rank_that_matches_none_is_an_error(engine, tmp_path):
     """A selection of ranks that this engine does not have is refused."""
     from pytest_msprobe.config.debugger_config import DebuggerConfig
-    from pytest_msprobe.engine.client import start_capture
+    from pytest_msprobe.engine.client import converse, start_capture
     from pytest_msprobe.errors import CaptureError
 
     config = DebuggerConfig(level="L0", rank=(4, 5))
     with pytest.raises(CaptureError, match=r"rank \[4, 5\] selects none"):
-        start_capture(engine, config, tmp_path, decode_steps=2)
+        converse(engine, start_capture(config, tmp_path, decode_steps=2))
 
 
 def test_nothing_is_left_on_the_engine(engine, l0, mix):
