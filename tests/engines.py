@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import tools
@@ -11,7 +12,10 @@ from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.dump.capture import read_capture
 from pytest_msprobe.engine.client import converse, start_capture, stop_capture
 
-PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+PARALLEL = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
 
 
 @contextlib.contextmanager
@@ -39,6 +43,9 @@ def started(model=tools.MODEL, variables=None, **arguments):
     from pytest_msprobe.engine.launch import stop_engine
 
     with environment(**(variables or {})):
+        if variables and "vllm.envs" in sys.modules:
+            # While an engine runs in this process vLLM keeps what it has read.
+            sys.modules["vllm.envs"].disable_envs_cache()
         llm = tools.start(model, **arguments)
     try:
         yield llm

@@ -177,6 +177,8 @@ class _Assembler:
             if value.shape and 0 not in value.shape:
                 self._result.left_out["unmeasured"] += 1
             return []
+        if value.place is not None:
+            line.p[slot] = value.place.columns
         name = f"{call.key}:{slot}"
         row_class = self._row_class(name, value)
         ids = []
@@ -196,7 +198,15 @@ class _Assembler:
         shape = list(value.shape)
         if row_class != "neither":
             shape[0] = part.rows
-        line = tensor_line(part.numbers, value.dtype, shape, row_class, part.segment)
+        is_part = value.place is not None and value.place.columns > 0
+        line = tensor_line(
+            part.numbers,
+            value.dtype,
+            shape,
+            row_class,
+            part.segment,
+            is_part=is_part,
+        )
         key = (line.d, tuple(line.s), line.k, line.g, line.c, tuple(line.v))
         known = self._ids.get(key)
         if known is None:
@@ -239,7 +249,13 @@ def _merge(chunks: list[_Part]) -> _Part:
 
 
 def tensor_line(
-    numbers: Numbers, dtype: str, shape: list[int], row_class: str, segment: str
+    numbers: Numbers,
+    dtype: str,
+    shape: list[int],
+    row_class: str,
+    segment: str,
+    *,
+    is_part: bool = False,
 ) -> TensorLine:
     """A `t` line without its id.
 
@@ -249,6 +265,7 @@ def tensor_line(
         shape: Shape of the segment.
         row_class: `token`, `sample` or `neither`.
         segment: Name of the segment.
+        is_part: Whether other ranks hold the rest: a single element then has a sketch.
     """
     values: list[float | int | None] = [numbers.maximum, numbers.minimum]
     line = TensorLine(
@@ -265,7 +282,7 @@ def tensor_line(
         if numbers.nonfinite:
             line.x = [numbers.nan, numbers.positive_inf, numbers.negative_inf]
         sketch = numbers.sketch if numbers.sketch is not None else np.zeros(64)
-        if numbers.count == 1:
+        if numbers.count == 1 and not is_part:
             return line
         if is_narrow(dtype):
             line.q, line.a = pack_int16(sketch)

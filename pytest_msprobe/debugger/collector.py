@@ -34,6 +34,7 @@ from pytest_msprobe.model.segments import (
 
 if TYPE_CHECKING:
     from pytest_msprobe.debugger.progress import Progress
+    from pytest_msprobe.model.shards import Places
 
 LayoutSource = Callable[[int | None], StepLayout | None]
 
@@ -45,6 +46,7 @@ class CallSite:
         prefix: Text of a call's name before the number.
         suffix: Text after it.
         is_module: Whether calls inside it have it as their parent.
+        places: Where the columns of its slots stand in unsharded tensors.
         refuted: Slots that were seen not to be token-major.
         stacks: Stacks of its calls by number, taken at their first time.
     """
@@ -54,6 +56,7 @@ class CallSite:
         "count",
         "generation",
         "is_module",
+        "places",
         "prefix",
         "refuted",
         "stacks",
@@ -64,6 +67,7 @@ class CallSite:
         self.prefix = prefix
         self.suffix = suffix
         self.is_module = is_module
+        self.places: Places = {}
         self.refuted: set[Any] = set()
         self.stacks: dict[int, tuple[Frame, ...]] = {}
         self.count = 0
@@ -158,6 +162,7 @@ class Collector:
         is_recording: Whether calls are recorded now.
         layout: Rows of the open step, None before the forward or where unknown.
         model_dimensions: Sizes that parameters of the model have.
+        places: Of the slots of modules, by path.
         progress: Where the running call is noted, None to note nothing.
         saved_bytes: Bytes of tensors saved to files.
     """
@@ -170,6 +175,7 @@ class Collector:
         self.is_recording = False
         self.layout: StepLayout | None = None
         self.model_dimensions: frozenset[int] = frozenset()
+        self.places: dict[str, Places] = {}
         self.progress: Progress | None = None
         self.saved_bytes = 0
         self._measures = config.task != "structure"
@@ -446,7 +452,7 @@ class Collector:
         """Trees of positional values; plain tensors take the short way."""
         nodes: list[Tree] = []
         refuted, base = call.site.refuted, call.slot_base + base
-        is_plain = self._is_plain and not self._undefined
+        is_plain = self._is_plain and not self._undefined and not call.site.places
         measure = self.measurer.measure
         functions = self.config.has_functions
         for index, value in enumerate(values):
@@ -487,7 +493,9 @@ class Collector:
             value = self._measure_constant(tensor)
         else:
             role: Role = "undefined" if address in self._undefined else "read"
-            value = self.measurer.measure(tensor, call.site.refuted, place, role)
+            value = self.measurer.measure(
+                tensor, call.site.refuted, place, role, call.site.places.get(slot)
+            )
         return value if self._is_plain else self._add_data(tensor, slot, call, value)
 
     def _measure_constant(self, tensor: torch.Tensor) -> Measured | TensorValue:

@@ -13,7 +13,8 @@ import torch
 
 from pytest_msprobe.model.calls import Phase, Role, TensorValue
 from pytest_msprobe.model.records import ROW_WIDTH
-from pytest_msprobe.model.segments import Piece, RowClass
+from pytest_msprobe.model.segments import PADDING, Piece, RowClass
+from pytest_msprobe.model.shards import WHOLE_ON_ALL, Shard
 from pytest_msprobe.statistics.select import select_backend
 from pytest_msprobe.statistics.spec import Backend, Span, rows_of, whole
 
@@ -21,6 +22,8 @@ _CHUNK_ROWS = 1024
 _ROW_BYTES = ROW_WIDTH * 8
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
+# Columns that are copies of another rank's: dumped, never judged.
+COPIES = Piece(PADDING, 0, 0, 0, is_defined=False)
 # A tensor passed to a module may be a KV cache if it has so many elements.
 _SUSPICIOUS_ELEMENTS = 1 << 22
 
@@ -98,6 +101,7 @@ class Measured(NamedTuple):
         role: Whether the slot may be judged.
         data_name: File name of the saved tensor.
         digest: CRC-32 or xor text.
+        place: Of its columns in the unsharded tensor, None where unknown.
     """
 
     plan: Plan
@@ -108,6 +112,7 @@ class Measured(NamedTuple):
     role: Role = "read"
     data_name: str | None = None
     digest: str | None = None
+    place: Shard | None = None
 
 
 def to_value(
@@ -126,6 +131,8 @@ def to_value(
         first = measured.first_row
         rows = measured.chunk[first : first + measured.rows]
     pieces = {"token": tokens, "sample": samples, "neither": ()}[measured.row_class]
+    if measured.place is not None and measured.place.copies and pieces:
+        pieces = (*pieces, COPIES)
     return TensorValue(
         plan.dtype,
         plan.shape,
@@ -137,6 +144,7 @@ def to_value(
         measured.data_name,
         "torch.Tensor",
         measured.digest,
+        measured.place,
     )
 
 
@@ -189,7 +197,12 @@ class Measurer:
         self._layout_plans.clear()
 
     def measure(
-        self, tensor: torch.Tensor, refuted: set[Any], slot: Any, role: Role = "read"
+        self,
+        tensor: torch.Tensor,
+        refuted: set[Any],
+        slot: Any,
+        role: Role = "read",
+        place: Shard | None = None,
     ) -> Measured | TensorValue:
         """Measures a tensor in a slot.
 
@@ -198,7 +211,10 @@ class Measurer:
             refuted: Slots of the call's site known not to be token-major; added to.
             slot: Identity of the slot within the site.
             role: Whether the slot may be judged.
+            place: Of its columns in the unsharded tensor, None where unknown.
         """
+        if place is not None:
+            return self._measure_placed(tensor, refuted, slot, role, place)
         if type(tensor) not in _PLAIN_TYPES:
             return self._measure_unusual(tensor, role)
         try:
@@ -237,6 +253,52 @@ class Measurer:
         )
         self.measured_rows += table.rows
         return Measured(plan, row_class, self._chunk, first, table.rows, role)
+
+    def _measure_placed(
+        self,
+        tensor: torch.Tensor,
+        refuted: set[Any],
+        slot: Any,
+        role: Role,
+        place: Shard,
+    ) -> Measured | TensorValue:
+        """Measures a tensor of a parallel layer."""
+        width = tensor.numel() // tensor.shape[0] if tensor.ndim and len(tensor) else 0
+        if place is WHOLE_ON_ALL or place.local_columns != width:
+            measured = self.measure(tensor, refuted, slot, role)
+            if place is WHOLE_ON_ALL and isinstance(measured, Measured):
+                return measured._replace(place=place)
+            return measured
+        plan = Plan(tensor)
+        row_class = self._classify(plan.first, refuted, slot)
+        pieces = self._pieces(row_class) or (Piece("", 0, plan.first, 0),)
+        if row_class == "neither":
+            pieces = (Piece("", 0, plan.first, 0),)
+        parts = [
+            [
+                Span(
+                    piece.first_row,
+                    piece.rows,
+                    local,
+                    length,
+                    piece.position * place.columns + start,
+                    place.columns,
+                )
+                for local, length, start in place.runs
+            ]
+            for piece in pieces
+        ]
+        if place.copies:
+            parts.append(
+                [
+                    Span(0, plan.first, local, length, local, place.columns)
+                    for local, length in place.copies
+                ]
+            )
+        rows = np.zeros((len(parts), ROW_WIDTH))
+        self.backend(tensor.device.type).measure(tensor, parts, rows)
+        self.measured_rows += len(parts)
+        return Measured(plan, row_class, rows, 0, len(parts), role, place=place)
 
     def _classify(self, first: int, refuted: set[Any], slot: Any) -> RowClass:
         """What dimension 0 of a tensor counts, as far as is known by now."""

@@ -128,6 +128,7 @@ class _ModuleHook:
         self.collector = collector
         self._module = module
         self._site = CallSite(f"Module.{paths[0]}.{name}.forward.", "", is_module=True)
+        self._site.places = collector.places.get(paths[0], {})
         self._aliases = {}
         if len(paths) > 1:
             self._aliases = {

@@ -60,6 +60,8 @@ class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         requests: Prompts, tokens and logprobs.
         left_out: Slots that are not judged, by reason.
         weights: Checksums of parameters, by module and parameter.
+        sharded: Of a capture combined from several ranks: `call:slot` of the rows that
+            could not be.
     """
 
     msprobe: int
@@ -74,6 +76,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     requests: list[Request] = []
     left_out: dict[str, int] = {}
     weights: dict[str, dict[str, str]] = {}
+    sharded: list[str] = []
 
 
 class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -121,6 +124,9 @@ class CallLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         x: Values of the slots that hold no tensor.
         r: Role of the slots that are not judged: undefined or opaque.
         m: Name in dump.json where it differs.
+        p: With tensor parallelism, what a slot of a parallel layer holds: 0 for a
+            tensor that all ranks hold alike, else the columns of the unsharded tensor
+            of which it holds some; indices are then those of the unsharded tensor.
     """
 
     c: str
@@ -130,6 +136,7 @@ class CallLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     x: dict[str, Any] = {}
     r: dict[str, str] = {}
     m: str = ""
+    p: dict[str, int] = {}
 
 
 class StepLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -208,7 +215,7 @@ def _with_slots(call: CallLine, convert: Callable[[str, str], str]) -> CallLine:
 
     outputs = {convert(slot, "output"): value for slot, value in call.o.items()}
     return CallLine(
-        call.c, call.l, inputs(call.i), outputs, inputs(call.x), call.r, call.m
+        call.c, call.l, inputs(call.i), outputs, inputs(call.x), call.r, call.m, call.p
     )
 
 

@@ -19,6 +19,7 @@ from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.engine.requests import RequestTable, is_real_step
+from pytest_msprobe.engine.shards import places_of
 from pytest_msprobe.engine.tokens import TokenLog
 from pytest_msprobe.errors import EngineError
 from pytest_msprobe.model.segments import StepLayout
@@ -80,6 +81,7 @@ class Attachment(ABC):
                 hint = "this vLLM is not supported; see docs/vllm.md"
                 raise EngineError(message, slug="runner", hint=hint)
         model = self.runner.get_model()
+        self.recorder.collector.places = places_of(model)
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
         if has_execute:

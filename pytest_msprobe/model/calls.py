@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.model.segments import Piece, RowClass, StepLayout
+from pytest_msprobe.model.shards import Shard
 
 Role = Literal["read", "written", "undefined", "opaque"]
 # Where in a step a call was made: before the model's forward, in it, between it and the
@@ -39,6 +40,7 @@ class TensorValue:
         data_name: File name of the saved tensor, or None.
         type_name: Type as msProbe writes it.
         digest: CRC-32 or xor text, where the summary mode asks for it.
+        place: Of its columns in the unsharded tensor, None where unknown.
     """
 
     dtype: str
@@ -51,6 +53,7 @@ class TensorValue:
     data_name: str | None = None
     type_name: str = "torch.Tensor"
     digest: str | None = None
+    place: Shard | None = None
 
 
 @dataclass(slots=True)

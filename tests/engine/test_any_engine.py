@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import engines
@@ -14,6 +15,7 @@ from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.dump.capture import read_capture
 from pytest_msprobe.dump.layout import ranks_of, steps_of
 from pytest_msprobe.engine.client import (
+    ask_workers,
     check_attached,
     converse,
     converse_async,
@@ -52,6 +54,14 @@ def test_other_processes_give_the_same_rows(multiprocess, reference, tmp_path, l
     assert tokens == [request.tokens for request in reference[0].header.requests]
 
 
+def processes(pid):
+    """Titles of the processes below one, as one text."""
+    import psutil
+
+    children = psutil.Process(pid).children(recursive=True)
+    return " ".join(" ".join(child.cmdline()) for child in children)
+
+
 def test_steps_of_another_process_are_written_at_once(multiprocess, tmp_path):
     """Every step of a worker process is on disk before the capture has ended."""
     files = []
@@ -60,6 +70,9 @@ def test_steps_of_another_process_are_written_at_once(multiprocess, tmp_path):
         steps = steps_of(tmp_path)
         written = [number for number, path in steps.items() if ranks_of(path)]
 
+    (status,) = converse(multiprocess, ask_workers("status"))
+    assert status["pid"] != os.getpid()
+    assert "EngineCore" in processes(os.getpid())
     assert written == [0, 1, 2]
     assert not list(tmp_path.glob(".progress*"))
 
