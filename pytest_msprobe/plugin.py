@@ -234,7 +234,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state = _session_of(session.config)
     if state is None:
         return
-    state.stop_engines()
+    state.end_run()
     pointer = os.environ.get(_POINTER)
     if pointer:
         Path(pointer).write_text(str(state.run_folder), encoding="utf-8")

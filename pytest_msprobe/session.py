@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from pytest_msprobe.config.settings import Settings
     from pytest_msprobe.dump.capture import CaptureFile
     from pytest_msprobe.engine.client import Conversation
+    from pytest_msprobe.engine.faults import EngineWatch
     from pytest_msprobe.golden.guard import UpdateMode
-    from pytest_msprobe.model.limits import Rule
+    from pytest_msprobe.model.limits import KeyMode, Rule
     from pytest_msprobe.model.verdict import Verdict
 
 SESSION = pytest.StashKey["MsprobeSession | None"]()
@@ -44,6 +45,7 @@ class Capture:
         files: Capture files by rank, once it has ended.
         is_checked: Whether it has been judged.
         is_automatic: Whether `msprobe_engine` started it, not the test.
+        watch: Looks after the engine while recording.
     """
 
     session: "MsprobeSession"
@@ -55,13 +57,16 @@ class Capture:
     is_checked: bool = False
     is_open: bool = False
     is_automatic: bool = False
+    watch: "EngineWatch | None" = None
 
     def __enter__(self) -> Self:
         """Starts recording."""
         from pytest_msprobe.engine.client import converse
+        from pytest_msprobe.engine.faults import EngineWatch
 
         converse(self.llm, self._start())
         self.is_open = True
+        self.watch = EngineWatch(self.llm)
         return self
 
     async def __aenter__(self) -> Self:
@@ -112,7 +117,11 @@ class Capture:
         if not self.is_open:
             return
         self.is_open = False
-        self._take(converse(self.llm, stop_capture(self.item.nodeid)))
+        try:
+            self._take(converse(self.llm, stop_capture(self.item.nodeid)))
+        finally:
+            if self.watch is not None:
+                self.watch.stop()
 
     def _start(self) -> "Conversation":
         from pytest_msprobe.engine.client import start_capture
@@ -127,11 +136,18 @@ class Capture:
 
     def _note_ranks(self, error: BaseException) -> None:
         """Adds to an error where each rank of an engine in other processes stood."""
-        from pytest_msprobe.engine.faults import clear_progress, describe_ranks
+        from pytest_msprobe.engine.faults import (
+            clear_progress,
+            describe_ranks,
+            is_core_dead,
+        )
 
-        for line in describe_ranks(self.folder):
+        if is_core_dead(self.llm):
+            error.add_note("msprobe: the core process of the engine died")
+        lines = describe_ranks(self.folder)
+        for line in lines:
             error.add_note(f"msprobe: {line}")
-        if any(" died " in note for note in getattr(error, "__notes__", ())):
+        if is_core_dead(self.llm) or any(" died " in line for line in lines):
             clear_progress(self.folder)
 
     def discard(self) -> None:
@@ -387,16 +403,28 @@ class MsprobeSession:
         return json.dumps(engine, sort_keys=True, default=str)
 
     def engine(self, item: pytest.Item) -> Any:
-        """The engine of a test; another one that is live is ended first."""
+        """The engine of a test; another one that is live is ended first.
+
+        One that an earlier test has left unusable is started afresh.
+        """
+        from pytest_msprobe.engine.faults import is_usable
         from pytest_msprobe.engine.launch import engine_arguments, start_engine
 
         key = self.engine_key(item)
-        if key not in self._engines:
+        if key not in self._engines or not is_usable(self._engines[key]):
             where = f"{self.settings.path}: engine"
             arguments = engine_arguments(self.options_of(item).engine, where)
             self.stop_engines()
             self._engines[key] = start_engine(arguments)
         return self._engines[key]
+
+    def end_run(self) -> None:
+        """Ends what an interrupted test has left open, and all engines."""
+        for state in self._states.values():
+            for capture in state.captures:
+                with contextlib.suppress(Exception):
+                    capture.close()
+        self.stop_engines()
 
     def stop_engines(self) -> None:
         """Ends all engines."""
@@ -414,6 +442,7 @@ class MsprobeSession:
         Raises:
             Failed: pytest's failure, with the verdict as its message.
         """
+        from pytest_msprobe.compare.ranks import find_disagreement
         from pytest_msprobe.dump.capture import read_capture
         from pytest_msprobe.golden.guard import is_written
         from pytest_msprobe.report.terminal import render_failure
@@ -427,17 +456,25 @@ class MsprobeSession:
             message = f"{capture.item.nodeid}: the capture has no files to judge"
             raise CaptureError(message, slug="empty-capture")
         capture.is_checked = True
-        absent = self._absent_ranks(capture)
+        captures = [read_capture(path) for path in capture.files]
+        disagreement = find_disagreement(captures)
+        if self.settings.golden.is_tp_invariant:
+            captures = [self._combine(capture, captures)]
+        absent = self._absent_ranks(capture, captures)
         failures = []
-        for path in capture.files:
-            recorded = read_capture(path)
+        for recorded in captures:
             verdict = self._judge(capture, recorded)
             if absent:
                 _fail_for_ranks(verdict, sorted(absent))
                 absent = {}
+            if disagreement is not None:
+                verdict.status = "fail"
+                verdict.reasons.insert(0, disagreement.text)
             self.verdicts.append(verdict)
             self._write_verdict(verdict, capture)
-            if self.update is not None and is_written(self.update, verdict.status):
+            is_update = self.update is not None and disagreement is None
+            disagreement = None
+            if is_update and is_written(self.update, verdict.status):  # type: ignore[arg-type]
                 self._prepare_golden(capture, recorded)
             elif not verdict.is_green:
                 failures.append(verdict)
@@ -448,17 +485,48 @@ class MsprobeSession:
             text = render_failure(failures[0], update_command=command)
             pytest.fail(text, pytrace=False)
 
-    def _absent_ranks(self, capture: Capture) -> dict[int, Path]:
+    def _combine(
+        self, capture: Capture, captures: list["CaptureFile"]
+    ) -> "CaptureFile":
+        """All ranks as one capture, written beside theirs.
+
+        Raises:
+            CaptureError: What was recorded cannot be combined.
+        """
+        from pytest_msprobe.compare.ranks import combine_ranks
+        from pytest_msprobe.golden.store import capture_bytes
+
+        header = captures[0].header
+        where = f"{capture.item.nodeid}: golden.tp_invariant"
+        if header.signature.get("level") != "L0":
+            message = f"{where}: level {header.signature.get('level')}"
+            hint = "operators depend on the number of ranks; record at level L0"
+            raise CaptureError(message, slug="tp-invariant", hint=hint)
+        ranks = header.signature["model"].get("tensor_parallel", 1)
+        if len(captures) != ranks or header.world != ranks:
+            message = (
+                f"{where}: {len(captures)} of {header.world} ranks recorded, "
+                f"{ranks} of them tensor-parallel"
+            )
+            hint = "record all ranks, without pipeline parallelism"
+            raise CaptureError(message, slug="tp-invariant", hint=hint)
+        combined = combine_ranks(captures)
+        combined.path = capture.folder / "capture.combined.jsonl"
+        combined.path.write_bytes(capture_bytes(combined))
+        return combined
+
+    def _absent_ranks(
+        self, capture: Capture, captures: list["CaptureFile"]
+    ) -> dict[int, Path]:
         """Goldens of ranks that were not recorded although they should have been.
 
         An update that rewrites failing goldens removes them instead.
         """
-        from pytest_msprobe.dump.capture import read_header
         from pytest_msprobe.golden.guard import is_written
         from pytest_msprobe.golden.variants import choose, ranks_of
 
         folder = self._golden_folder(capture)
-        headers = [read_header(path) for path in capture.files]
+        headers = [recorded.header for recorded in captures]
         choices = [choose(folder, header.key, header.rank) for header in headers]
         absent: dict[int, Path] = {}
         for variant in {choice.variant for choice in choices if choice.path}:
@@ -488,6 +556,7 @@ class MsprobeSession:
 
     def _judge(self, capture: Capture, recorded: "CaptureFile") -> "Verdict":
         from pytest_msprobe.compare.judge import judge
+        from pytest_msprobe.compare.ranks import without_sharded
         from pytest_msprobe.dump.capture import read_capture
         from pytest_msprobe.golden.variants import choose, file_name
         from pytest_msprobe.model.verdict import Verdict
@@ -507,7 +576,13 @@ class MsprobeSession:
             )
         golden = read_capture(choice.path)
         self._match_rules(golden, recorded)
-        return judge(golden, recorded, self.options_of(capture.item).rules).verdict
+        mode: KeyMode | None = None
+        if self.settings.golden.is_tp_invariant:
+            golden, recorded = without_sharded(golden, recorded)
+            sizes = [c.header.provenance.get("ranks") for c in (golden, recorded)]
+            mode = "cross" if len(set(sizes)) > 1 else None
+        rules = self.options_of(capture.item).rules
+        return judge(golden, recorded, rules, mode=mode).verdict
 
     def _golden_folder(self, capture: Capture) -> Path:
         place = self._place(capture.item, capture.name)

@@ -40,11 +40,14 @@ class GoldenSettings:
         directory: Root of the golden tree.
         decode_steps: Decode steps behind the prefill that are captured, -1 for all.
         size_warning_bytes: A golden larger than this is reported.
+        is_tp_invariant: One golden for every tensor-parallel size, from the rows of
+            all ranks together.
     """
 
     directory: Path
     decode_steps: int = DEFAULT_DECODE_STEPS
     size_warning_bytes: int = DEFAULT_SIZE_WARNING_BYTES
+    is_tp_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,10 @@ def check_eager(arguments: dict[str, Any], where: str) -> None:
 def _read_golden(source: Source, root: Path) -> GoldenSettings:
     data = source.data["golden"]
     require_keys(
-        source, ("golden",), data, ["dir", "decode_steps", "size_warning_bytes"]
+        source,
+        ("golden",),
+        data,
+        ["dir", "decode_steps", "size_warning_bytes", "tp_invariant"],
     )
     directory = data.get("dir", "golden")
     if not isinstance(directory, str) or not directory:
@@ -208,7 +214,11 @@ def _read_golden(source: Source, root: Path) -> GoldenSettings:
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         key = ("golden", "size_warning_bytes")
         raise source.error(key, f"expected a number > 0, found {describe(size)}")
-    return GoldenSettings(root / directory, steps, size)
+    invariant = data.get("tp_invariant", False)
+    if not isinstance(invariant, bool):
+        key = ("golden", "tp_invariant")
+        raise source.error(key, f"expected true or false, found {describe(invariant)}")
+    return GoldenSettings(root / directory, steps, size, invariant)
 
 
 def _read_tolerances(source: Source) -> tuple[Rule, ...]:

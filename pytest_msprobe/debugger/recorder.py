@@ -197,6 +197,10 @@ class Recorder:
         except (OSError, CaptureError) as error:
             self.collector.fail(self._writer.error_of(error))
 
+    def drop_step(self) -> None:
+        """Forgets the open step, which has not come to its end."""
+        self.collector.end_step()
+
     @property
     def recorded_bytes(self) -> int:
         """Bytes that the recording has taken so far: files, and rows in memory."""

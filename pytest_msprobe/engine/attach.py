@@ -151,7 +151,7 @@ class Attachment(ABC):
                 with self.recorder.recording:
                     result = original(*args, **kwargs)
             except BaseException:
-                self._close()
+                self._drop()
                 raise
             if result is not None:
                 self._close()
@@ -168,9 +168,12 @@ class Attachment(ABC):
             try:
                 with self.recorder.recording:
                     self.recorder.collector.measurer.phase = "sample"
-                    return original(*args, **kwargs)
-            finally:
-                self._close()
+                    result = original(*args, **kwargs)
+            except BaseException:
+                self._drop()
+                raise
+            self._close()
+            return result
 
         return last
 
@@ -216,7 +219,7 @@ class Attachment(ABC):
         """Begins a step; returns whether it is to be recorded."""
         collector = self.recorder.collector
         if self._is_open:  # its sample_tokens was never called
-            self._close()
+            self._drop()
         if collector.error is not None:
             return False
         try:
@@ -255,6 +258,13 @@ class Attachment(ABC):
                 self.on_step()
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
+
+    def _drop(self) -> None:
+        """Forgets the open step: it has not come to its end."""
+        if self._is_open:
+            self._is_open = False
+            self.tokens.begin_step()
+            self.recorder.drop_step()
 
     def _layout(self, padded_tokens: int | None) -> StepLayout | None:
         """Rows of the open step; called once the runner has settled the order."""

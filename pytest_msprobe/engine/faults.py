@@ -3,12 +3,14 @@
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from pytest_msprobe.debugger.progress import LastSeen, read_progress
 
 PROGRESS = ".progress.rank{rank}"
+_WATCH_SECONDS = 0.25
 
 
 def is_alive(pid: int) -> bool:
@@ -53,6 +55,16 @@ def clear_progress(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_core_dead(llm: Any) -> bool:
+    """Whether an engine's core in another process has died.
+
+    Args:
+        llm: A `vllm.LLM` or `AsyncLLM`.
+    """
+    client = getattr(getattr(llm, "llm_engine", llm), "engine_core", None)
+    return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
+
+
 def is_usable(llm: Any) -> bool:
     """Whether an engine can take the next test's requests.
 
@@ -65,8 +77,7 @@ def is_usable(llm: Any) -> bool:
     """
     engine = getattr(llm, "llm_engine", None)
     client = getattr(engine, "engine_core", None)
-    resources = getattr(client, "resources", None)
-    if getattr(resources, "engine_dead", False):
+    if is_core_dead(llm):
         return False
     core = getattr(client, "engine_core", None)
     executor = getattr(core, "model_executor", None)
@@ -76,3 +87,38 @@ def is_usable(llm: Any) -> bool:
         return not engine.has_unfinished_requests()  # type: ignore[union-attr]
     except Exception:  # noqa: BLE001 - an engine that cannot tell is not usable
         return False
+
+
+class EngineWatch:
+    """Wakes a test that waits for an engine whose core has been killed.
+
+    vLLM's blocking client notices that its core has gone and goes on waiting for it;
+    the error that it would raise is put where it waits. Engines without a core in
+    another process, and asynchronous ones, need none of this.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        """Watches from now on.
+
+        Args:
+            llm: A `vllm.LLM`.
+        """
+        client = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+        self._resources = getattr(client, "resources", None)
+        self._queue = getattr(client, "outputs_queue", None)
+        self._end = threading.Event()
+        if self._resources is not None and hasattr(self._queue, "put_nowait"):
+            name = "msprobe-engine-watch"
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._end.wait(_WATCH_SECONDS):
+            if getattr(self._resources, "engine_dead", False):
+                from vllm.v1.engine.exceptions import EngineDeadError
+
+                self._queue.put_nowait(EngineDeadError())  # type: ignore[union-attr]
+                return
+
+    def stop(self) -> None:
+        """Watches no more."""
+        self._end.set()

@@ -5,7 +5,8 @@ import contextlib
 import gc
 import os
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pytest_msprobe.compat import (
     has_module,
@@ -16,6 +17,9 @@ from pytest_msprobe.compat import (
 from pytest_msprobe.config.settings import check_eager
 from pytest_msprobe.errors import EngineError, MissingDependencyError
 
+if TYPE_CHECKING:
+    import psutil
+
 # Settings that make a run repeatable; each can be overridden in the configuration.
 DETERMINISTIC: dict[str, Any] = {
     "enforce_eager": True,
@@ -24,6 +28,13 @@ DETERMINISTIC: dict[str, Any] = {
     "max_num_seqs": 1,
     "async_scheduling": False,
 }
+# What an engine's processes are given to end by themselves.
+SHUTDOWN_SECONDS = 10
+# Processes and shared memory of engines, by the engine's id.
+_LEFT: dict[int, tuple[list["psutil.Process"], set[Path]]] = {}
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
+# What vLLM's processes name theirs.
+_SHARED_PREFIXES = ("vllm_", "psm_")
 _ENVIRONMENT = {
     # The engine core runs in the test's process: scheduling does not depend on timing.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -76,7 +87,16 @@ def start_engine(arguments: dict[str, Any]) -> Any:
             warnings.simplefilter("ignore")
             import vllm
 
-            return vllm.LLM(**arguments)
+            from pytest_msprobe.engine.preflight import check_environment
+
+            check_environment()
+            before, memory = set(children()), shared_memory()
+            llm = vllm.LLM(**arguments)
+            started = [child for child in children() if child not in before]
+            _LEFT[id(llm)] = (started, shared_memory() - memory)
+            return llm
+    except EngineError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()
         text = reason[-1] if reason else type(error).__name__
@@ -93,6 +113,7 @@ def stop_engine(llm: Any) -> None:
     """
     client = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
     core = getattr(client, "engine_core", None)
+    processes, memory = _LEFT.pop(id(llm), ([], set()))
     with contextlib.suppress(Exception):
         if core is not None and _has_other_workers(core):
             # EngineCore.shutdown would take the process groups down, now and when
@@ -106,6 +127,31 @@ def stop_engine(llm: Any) -> None:
             client.shutdown()
     del client, core, llm
     gc.collect()
+    end_processes(processes)
+    free_memory(memory)
+
+
+def children() -> list["psutil.Process"]:
+    """All processes below this one, but for the interpreter's own helper."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def end_processes(processes: list["psutil.Process"]) -> None:
+    """Waits for processes that should be ending, and kills those that do not."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=SHUTDOWN_SECONDS)
 
 
 def _has_other_workers(core: Any) -> bool:
@@ -117,3 +163,28 @@ def _has_other_workers(core: Any) -> bool:
     workers = live_workers()
     workers.discard(own)
     return bool(workers)
+
+
+def shared_memory() -> set[Path]:
+    """Shared memory of this machine that may be vLLM's."""
+    if not _SHARED_MEMORY.is_dir():
+        return set()
+    return {
+        path
+        for path in _SHARED_MEMORY.iterdir()
+        if path.name.startswith(_SHARED_PREFIXES)
+    }
+
+
+def free_memory(memory: set[Path]) -> None:
+    """Removes shared memory that killed processes left, if nobody maps it any more."""
+    import psutil
+
+    left = {path for path in memory if path.exists()}
+    if not left:
+        return
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            left -= {Path(entry.path) for entry in process.memory_maps()}
+    for path in left:
+        path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -105,17 +105,32 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
     fields = {name: getattr(header, name) for name in header.__struct_fields__}
     fields.update(msprobe=FORMAT, kind="golden", test=test, variant=variant)
     keeps_values = header.signature.get("level") != "L0"
-    lines: list[Line] = []
+    lines = _lines(
+        capture,
+        lambda call: CallLine(
+            call.c, call.l, call.i, call.o, call.x if keeps_values else {}
+        ),
+    )
+    return encode(type(header)(**fields), lines)
+
+
+def capture_bytes(capture: CaptureFile) -> bytes:
+    """A capture in memory as the bytes of its file."""
+    return encode(capture.header, _lines(capture, lambda call: call))
+
+
+def _lines(
+    capture: CaptureFile, shorten: Callable[[CallLine], CallLine]
+) -> Iterator[Line]:
+    """Lines in order, each tensor before the first call that refers to it."""
     written: set[int] = set()
     for entry in capture.entries:
         if isinstance(entry, StepLine):
-            lines.append(entry)
+            yield entry
             continue
         for ids in (*entry.i.values(), *entry.o.values()):
             for number in ids:
                 if number not in written:
                     written.add(number)
-                    lines.append(capture.tensors[number])
-        values = entry.x if keeps_values else {}
-        lines.append(CallLine(entry.c, entry.l, entry.i, entry.o, values))
-    return encode(type(header)(**fields), lines)
+                    yield capture.tensors[number]
+        yield shorten(entry)

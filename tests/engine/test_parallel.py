@@ -15,6 +15,8 @@ from pytest_msprobe.compare.ranks import (
 from pytest_msprobe.dump.layout import ranks_of, steps_of
 from pytest_msprobe.engine.client import METHOD, ask_workers, converse
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(scope="module")
 def single(engine, tmp_path_factory):
@@ -197,11 +199,13 @@ def test_pipeline_parallel(single, demo_model, tmp_path, monkeypatch):
     tokens = [request.tokens for request in files[1].header.requests]
     assert tokens == [request.tokens for request in single.header.requests]
     golden = {(call.c, step): call for step, call in single.calls()}
-    equal = 0
+    equal = compared = 0
     for file in files:
         for step, call in file.calls():
             twin = golden[call.c, step]
             for slot, ids in call.o.items():
-                for own, its in zip(ids, twin.o[slot], strict=True):
+                # What one stage hands to the next is no output of the whole model.
+                for own, its in zip(ids, twin.o.get(slot, []), strict=False):
+                    compared += 1
                     equal += file.tensors[own].c == single.tensors[its].c
-    assert equal > 300
+    assert equal == compared > 250

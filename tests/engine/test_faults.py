@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines and tests that fail in the middle: what is left, and what is said."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import tools
+
+from pytest_msprobe.dump.layout import ranks_of, steps_of
+
+pytest_plugins = ["pytester"]
+
+CONFIG = """
+capture:
+  level: L0
+engine:
+  model: {model}
+  dtype: bfloat16
+  max_model_len: 128
+  {more}
+"""
+
+HEAD = '''
+import os, resource, signal, threading, time
+from pathlib import Path
+import psutil, pytest
+from vllm import SamplingParams
+
+PROMPT = "the first layer to differ is the one to look at"
+
+
+def generate(llm, tokens=3):
+    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    (answer,) = llm.generate([PROMPT], parameters, use_tqdm=False)
+    return list(answer.outputs[0].token_ids)
+
+
+def healthy(llm, msprobe):
+    with msprobe.capture(llm):
+        tokens = generate(llm)
+    assert tokens == {tokens}
+
+
+def layer(llm):
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return runner.get_model().model.layers[2].mlp
+
+
+def during_step(module, number, action):
+    """Calls an action inside the forward of a module, in one step."""
+    original, count = module.forward, [0]
+
+    def forward(*args, **kwargs):
+        count[0] += 1
+        if count[0] == number:
+            action()
+        return original(*args, **kwargs)
+
+    module.forward = forward
+
+
+def kill_later(title, folder):
+    """Kills the process of this title once some steps are there."""
+    def run():
+        while not (folder / "step5").exists():
+            time.sleep(0.01)
+        for child in psutil.Process().children(recursive=True):
+            if title in " ".join(child.cmdline()):
+                child.kill()
+    threading.Thread(target=run).start()
+'''
+
+IN_PROCESS = """
+def test_exception(msprobe_engine, msprobe):
+    def fail():
+        raise ValueError("planted in a layer")
+
+    with msprobe.capture(msprobe_engine):
+        during_step(layer(msprobe_engine), 3, fail)
+        generate(msprobe_engine, 8)
+
+
+def test_after_exception(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+
+
+def test_timeout(msprobe_engine, msprobe):
+    def alarm(*_):
+        raise TimeoutError("the test took too long")
+
+    signal.signal(signal.SIGALRM, alarm)
+    with msprobe.capture(msprobe_engine):
+        during_step(
+            layer(msprobe_engine), 4, lambda: signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        )
+        generate(msprobe_engine, 90)
+
+
+def test_after_timeout(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+
+
+def test_left_open(msprobe_engine, msprobe):
+    msprobe.capture(msprobe_engine).__enter__()
+    assert generate(msprobe_engine) == {tokens}
+
+
+def test_after_left_open(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+
+
+def test_full_disk(msprobe_engine, msprobe):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capture = msprobe.capture(msprobe_engine)
+    try:
+        with capture:
+            generate(msprobe_engine)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_after_full_disk(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+
+
+def test_unwritable(msprobe_engine, msprobe):
+    capture = msprobe.capture(msprobe_engine)
+    capture.folder.parent.mkdir(parents=True, exist_ok=True)
+    capture.folder.write_text("a file stands where the folder should be")
+    with capture:
+        generate(msprobe_engine)
+
+
+def test_after_unwritable(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+"""
+
+
+def shared():
+    """The shared memory of this machine."""
+    from pytest_msprobe.engine.launch import shared_memory
+
+    return shared_memory()
+
+
+def vllm_processes():
+    """Processes of engines that belong to nobody any more, or to this one."""
+    titles = ("VLLM::", "multiprocessing.spawn")
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(title in " ".join(process.info["cmdline"] or ()) for title in titles)
+    }
+
+
+@pytest.fixture(scope="module")
+def tokens(engine):
+    """The tokens that a healthy engine generates."""
+    (answer,) = tools.generate(engine, [tools.PROMPT])
+    return list(answer.outputs[0].token_ids)
+
+
+def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
+    """Runs a test file against real engines; what was there before is there after."""
+    (pytester.path / "msprobe.yaml").write_text(
+        CONFIG.format(model=tools.MODEL, more=more)
+    )
+    (pytester.path / "test_it.py").write_text(
+        (HEAD + tests).replace("{tokens}", str(tokens))
+    )
+    environment = tools.clean_environment(**{**tools.ENVIRONMENT, **variables})
+    before = shared(), vllm_processes()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA",
+         "--msprobe-config", "msprobe.yaml", "--msprobe-update=new", *arguments],
+        cwd=pytester.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )  # fmt: skip
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and (shared(), vllm_processes()) != before:
+        time.sleep(0.5)
+    assert vllm_processes() <= before[1]
+    assert shared() <= before[0]
+    return done
+
+
+def outcomes(done):
+    """Outcome of each test."""
+    line = re.compile(r"^(PASSED|FAILED|ERROR) test_it\.py::(\w+)", re.MULTILINE)
+    found = line.findall(done.stdout)
+    return {name: outcome for outcome, name in found}
+
+
+def complete_steps(folder):
+    """Numbers of the steps that are complete below a run's folder."""
+    found = set()
+    for step in folder.rglob("step*"):
+        for rank in ranks_of(step).values():
+            json.loads((rank / "dump.json").read_text())
+            found.add(int(step.name[4:]))
+    return found
+
+
+def capture_folder(pytester, test):
+    """Folder of a test's capture."""
+    (folder,) = (pytester.path / ".msprobe" / "runs").glob(f"*/test_it.py/{test}")
+    return folder
+
+
+def test_faults_of_an_engine_in_this_process(pytester, tokens):
+    """Each fault fails its own test with a message, the next test's engine works."""
+    done = run(pytester, tokens, IN_PROCESS)
+
+    found = outcomes(done)
+    assert {n: o for n, o in found.items() if n.startswith("test_after")} == {
+        f"test_after_{name}": "PASSED"
+        for name in ("exception", "timeout", "left_open", "full_disk", "unwritable")
+    }, done.stdout[-6000:]
+    assert found["test_left_open"] == "PASSED"
+    for name in ("exception", "timeout", "full_disk", "unwritable"):
+        assert found[f"test_{name}"] == "FAILED", name
+    assert "ValueError: planted in a layer" in done.stdout
+    assert "TimeoutError: the test took too long" in done.stdout
+    assert "the dump could not be written: [Errno 27] File too large" in done.stdout
+    assert re.search(r"test_unwritable: cannot be written \(\w+", done.stdout)
+    # Of a step that was broken off nothing is left, what came before is complete.
+    assert complete_steps(capture_folder(pytester, "test_exception")) == {0, 1}
+    assert complete_steps(capture_folder(pytester, "test_timeout")) >= {0, 1, 2}
+    assert not list(pytester.path.rglob("*.tmp"))
+    goldens = {path.parent.name for path in (pytester.path / "golden").rglob("*.jsonl")}
+    assert goldens == {n for n, outcome in found.items() if outcome == "PASSED"}
+
+
+INTERRUPT = """
+def test_interrupted(msprobe_engine, msprobe):
+    with msprobe.capture(msprobe_engine):
+        during_step(
+            layer(msprobe_engine), 3, lambda: os.kill(os.getpid(), signal.SIGINT)
+        )
+        generate(msprobe_engine, 8)
+"""
+
+
+def test_interrupt_in_the_middle_of_a_step(pytester, tokens):
+    """Ctrl-C ends the run with pytest's code; complete steps are readable."""
+    done = run(pytester, tokens, INTERRUPT)
+
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout[-3000:]
+    assert "KeyboardInterrupt" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert complete_steps(capture_folder(pytester, "test_interrupted")) == {0, 1}
+
+
+KILLED = """
+@pytest.mark.msprobe(decode_steps="all")
+def test_killed(msprobe_engine, msprobe):
+    with msprobe.capture(msprobe_engine) as capture:
+        kill_later("{title}", capture.folder)
+        generate(msprobe_engine, 100)
+
+
+def test_after_killed(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+"""
+
+
+@pytest.mark.parametrize(
+    ("title", "more", "variables", "expected"),
+    [
+        ("VLLM::EngineCore", "seed: 0", {}, r"the core process of the engine died"),
+        (
+            "VLLM::Worker_TP1",
+            "tensor_parallel_size: 2",
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+            r"rank 1 \(process \d+\) died in step \d+, last call Module\.",
+        ),
+    ],
+)
+def test_killed_processes(pytester, tokens, title, more, variables, expected):
+    """A killed process is named with its last call; complete steps survive it."""
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables}
+    expected_tokens = tokens
+    if more != "seed: 0":  # sums are split over ranks: only the count is known
+        expected_tokens = "tokens[:0] + tokens"
+    tests = KILLED.replace("{title}", title)
+    done = run(pytester, expected_tokens, tests, more=more, **variables)
+
+    found = outcomes(done)
+    assert found == {"test_killed": "FAILED", "test_after_killed": "PASSED"}, (
+        done.stdout[-6000:]
+    )
+    assert re.search(f"msprobe: {expected}", done.stdout), done.stdout[-3000:]
+    assert re.search(r"msprobe: rank \d .* in step \d+", done.stdout)
+    steps = complete_steps(capture_folder(pytester, "test_killed"))
+    assert len(steps) >= 5
+    assert steps == set(range(len(steps)))
+    assert not list(capture_folder(pytester, "test_killed").glob("capture*.jsonl"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_file_is_never_half_written(tmp_path):
+    """However a writer is killed, a file under its final name is complete."""
+    program = """
+import sys
+from pathlib import Path
+from pytest_msprobe.dump.writer import write_atomically
+number = 0
+while True:
+    write_atomically(Path(sys.argv[1]), str(number) * 4_000_000)
+    number = (number + 1) % 10
+    print(number, flush=True)
+"""
+    path = tmp_path / "dump.json"
+    for _ in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE
+        )
+        for _ in range(3):
+            child.stdout.readline()
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        text = path.read_text()
+        assert len(text) == 4_000_000
+        assert len(set(text)) == 1
+
+
+def test_steps_are_the_ranks_that_wrote_them(tmp_path):
+    """A step folder without dump.json is not taken for a step of that rank."""
+    for rank in ("rank0", "rank1"):
+        folder = tmp_path / "step0" / rank
+        folder.mkdir(parents=True)
+        (folder / "stack.json").write_text("{}")
+    (tmp_path / "step0" / "rank1" / "dump.json").write_text("{}")
+
+    assert list(ranks_of(steps_of(tmp_path)[0])) == ["rank1"]
