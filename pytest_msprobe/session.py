@@ -464,6 +464,7 @@ class MsprobeSession:
         failures = []
         for recorded in captures:
             verdict = self._judge(capture, recorded)
+            verdict.command = self.update_command(capture.item, verdict)
             if absent:
                 _fail_for_ranks(verdict, sorted(absent))
                 absent = {}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pytest_msprobe.cli import inspect, runs
+from pytest_msprobe.cli import doctor, inspect, runs
 from pytest_msprobe.errors import MsprobeError
 
 USAGE_ERROR = 4
@@ -55,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("path", help="golden or capture file")
     show.add_argument("--calls", action="store_true", help="list its calls as well")
     show.set_defaults(action=lambda o: inspect.show(o.path, has_calls=o.calls))
+    examine = commands.add_parser("doctor", help="say what runs here and what will not")
+    examine.add_argument(
+        "--env",
+        action="store_true",
+        required=True,
+        help="versions, device, model runner, entry point; starts no engine",
+    )
+    examine.set_defaults(action=lambda _options: doctor.environment())
     return parser
 
 
