@@ -11,7 +11,11 @@ from pytest_msprobe.compare.divergence import find_divergence
 from pytest_msprobe.compare.errors import Errors
 from pytest_msprobe.compare.match import Pairs, Rows, pair_rows
 from pytest_msprobe.compare.schedule import compare_schedules
-from pytest_msprobe.compare.signature import differences, incomparable_reasons
+from pytest_msprobe.compare.signature import (
+    differences,
+    incomparable_reasons,
+    prefix_reasons,
+)
 from pytest_msprobe.compare.tokens import (
     compare_tokens,
     positions_behind_flips,
@@ -78,6 +82,7 @@ def judge(
     )
     verdict.changes = differences(golden.header.provenance, candidate.header.provenance)
     verdict.reasons = incomparable_reasons(golden.header, candidate.header)
+    verdict.reasons += prefix_reasons(golden, candidate)
     if verdict.reasons:
         verdict.status = "incomparable"
         return Judgement(verdict, [], [])

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether two captures can be compared at all, and what else differs between them."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from pytest_msprobe.dump.capture import Header
+from pytest_msprobe.dump.capture import CaptureFile, Header, StepLine
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,3 +54,24 @@ def incomparable_reasons(golden: Header, candidate: Header) -> list[str]:
         f"request {label}: not in the golden" for label in here if label not in known
     )
     return reasons
+
+
+def first_positions(steps: Iterable[StepLine]) -> dict[int, int]:
+    """Position at which each request's prompt was begun; above 0 after a cache hit."""
+    found: dict[int, int] = {}
+    for step in steps:
+        for label, _tokens, position in step.requests:
+            found[label] = min(position, found.get(label, position))
+    return found
+
+
+def prefix_reasons(golden: CaptureFile, candidate: CaptureFile) -> list[str]:
+    """Requests of which the two captures computed another part of the prompt."""
+    before, now = first_positions(golden.steps), first_positions(candidate.steps)
+    return [
+        f"request {label}: rows missing: its prompt was computed from position "
+        f"{now[label]} on (golden: {position}), the rest came from the prefix cache; "
+        "set enable_prefix_caching to false"
+        for label, position in before.items()
+        if now.get(label, position) != position
+    ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.segments import RequestRows, SampleRow, StepLayout
 
 _WARM_UP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
@@ -59,7 +60,15 @@ class RequestTable:
     _scheduled: dict[str, int] = field(default_factory=dict)
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Notes what a step schedules; requests seen first get the next labels."""
+        """Notes what a step schedules; requests seen first get the next labels.
+
+        Raises:
+            CaptureError: The step runs an encoder (images, audio).
+        """
+        if getattr(scheduler_output, "scheduled_encoder_inputs", None):
+            message = "the step computes encoder inputs (images, audio)"
+            hint = "this version captures requests of text only; leave them out"
+            raise CaptureError(message, slug="encoder-inputs", hint=hint)
         self._scheduled = dict(scheduler_output.num_scheduled_tokens)
         self._position = {}
         for new in scheduler_output.scheduled_new_reqs:

@@ -137,7 +137,7 @@ def test_the_cpus_golden_passes_across_keys(llm, tmp_path):
 
 
 def test_faults_are_named(llm, captures, tmp_path):
-    """A norm's epsilon, attention's scale and one weight row are named at each level."""
+    """A norm's epsilon, attention's scale and a weight row are named at each level."""
     model = tools.model_of(llm)
     layers = model.model.layers
     places = {

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of vLLM: each is captured right, or refused with a line that says why."""
+
+import json
+
+import engines
+import numpy as np
+import pytest
+import tools
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.engine.client import converse, start_capture
+from pytest_msprobe.errors import EngineError
+
+LONG = " ".join([tools.PROMPT] * 6)
+
+
+def outputs(capture):
+    """Checksums of all output segments that requests own."""
+    return {
+        (call.c.rpartition(".")[0], slot, capture.tensors[i].g): capture.tensors[i].c
+        for _, call in capture.calls()
+        for slot, ids in call.o.items()
+        for i in ids
+        if capture.tensors[i].g
+    }
+
+
+def test_prefix_caching_is_explained(demo_model, tmp_path):
+    """Rows that the prefix cache saved are a reason of their own, no failing rows."""
+    with engines.started(
+        demo_model, enable_prefix_caching=True, max_model_len=512, block_size=32
+    ) as llm:
+        first, second = (tools.capture(llm, tmp_path, prompts=[LONG]) for _ in range(2))
+
+    assert first.steps[0].requests[0][2] == 0
+    hit = second.steps[0].requests[0][2]
+    assert hit > 0
+    verdict = tools.verdict_of(first, second)
+    assert verdict.status == "incomparable"
+    (reason,) = verdict.reasons
+    assert f"from position {hit} on" in reason
+    assert "enable_prefix_caching" in reason
+    common = outputs(first).keys() & outputs(second).keys()
+    generated = [key for key in common if key[2].startswith("0.g")]
+    assert len(generated) > 50
+    assert all(outputs(first)[key] == outputs(second)[key] for key in generated)
+
+
+def test_batch_mates_do_not_change_a_requests_rows(demo_model, engine, tmp_path):
+    """In a batch each request's segments are those that it has alone."""
+    mates = [tools.PROMPT, "the others only inherit it", "numbers"]
+    with engines.started(demo_model, max_num_seqs=4) as llm:
+        together = tools.capture(llm, tmp_path, prompts=mates)
+    alone = tools.capture(engine, tmp_path)
+
+    expected, found = outputs(alone), outputs(together)
+    shared = [key for key in expected if key in found]
+    assert len(shared) == len(expected)
+    equal = sum(expected[key] == found[key] for key in shared)
+    assert equal > 0.95 * len(shared)
+    assert len(together.header.requests) == 3
+
+
+def write_moe(maker, folder):
+    """A tiny Qwen2-MoE: four experts, two a token, one shared."""
+    weights = maker.make_weights()
+    stream = maker.Stream(11)
+    hidden, width = maker.HIDDEN, 64
+    for layer in range(maker.LAYERS):
+        prefix = f"model.layers.{layer}.mlp."
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            del weights[f"{prefix}{name}.weight"]
+        weights[f"{prefix}gate.weight"] = stream(4, hidden, std=0.5)
+        weights[f"{prefix}shared_expert_gate.weight"] = stream(1, hidden, std=0.1)
+        for expert in [*(f"experts.{n}." for n in range(4)), "shared_expert."]:
+            for name in ("gate_proj", "up_proj"):
+                weights[f"{prefix}{expert}{name}.weight"] = stream(
+                    width, hidden, std=1 / np.sqrt(hidden)
+                )
+            weights[f"{prefix}{expert}down_proj.weight"] = stream(
+                hidden, width, std=0.02 / np.sqrt(width)
+            )
+    maker.write_model(folder, weights)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_mixture_of_experts(demo_model, tmp_path):
+    """Routers and experts are captured, twice the same; a changed router is named."""
+    folder = write_moe(tools.example("tiny_qwen2"), tmp_path / "moe")
+    with engines.started(folder) as llm:
+        first, second = (tools.capture(llm, tmp_path, level="mix") for _ in range(2))
+        gate = tools.model_of(llm).model.layers[1].mlp.gate
+
+        def shifted(original, *args, **kwargs):
+            logits, bias = original(*args, **kwargs)
+            return logits * 1.05, bias
+
+        with tools.wrapped_forward(gate, shifted):
+            faulty = tools.capture(llm, tmp_path, level="mix")
+
+    verdict = tools.verdict_of(first, second)
+    assert verdict.status == "pass"
+    assert verdict.equal == verdict.judged > 500
+    names = {call.c for _, call in first.calls()}
+    assert any("mlp.gate." in name for name in names)
+    assert any("mlp.experts." in name for name in names)
+    tools.assert_changed(first, faulty, "model.layers.1.mlp.gate.GateLinear")
+    verdict = tools.verdict_of(first, faulty)
+    assert verdict.status == "fail"
+    assert verdict.divergence.module.startswith("model.layers.1.mlp")
+
+
+def write_adapter(maker, folder):
+    """A LoRA adapter of rank 8 for the down projections."""
+    folder.mkdir()
+    stream = maker.Stream(5)
+    weights = {}
+    for layer in range(maker.LAYERS):
+        prefix = f"base_model.model.model.layers.{layer}.mlp.down_proj."
+        weights[f"{prefix}lora_A.weight"] = stream(8, maker.INTERMEDIATE, std=0.3)
+        weights[f"{prefix}lora_B.weight"] = stream(maker.HIDDEN, 8, std=0.01)
+    maker.write_safetensors(folder / "adapter_model.safetensors", weights)
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": 8,
+                "lora_alpha": 8,
+                "target_modules": ["down_proj"],
+                "bias": "none",
+                "base_model_name_or_path": "tiny",
+            }
+        )
+    )
+    return folder
+
+
+def test_lora(demo_model, tmp_path):
+    """With an adapter the wrapped layer is captured; the adapter's change is named."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter = write_adapter(tools.example("tiny_qwen2"), tmp_path / "adapter")
+    parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    files = []
+    with engines.started(demo_model, enable_lora=True, max_lora_rank=8) as llm:
+        for number in range(3):
+            request = LoRARequest("tiny", 1, str(adapter)) if number else None
+            with engines.recorded(llm, tmp_path / str(number), files):
+                llm.generate(
+                    [tools.PROMPT], parameters, use_tqdm=False, lora_request=request
+                )
+
+    plain, first, second = files
+    assert tools.verdict_of(first, second).status == "pass"
+    verdict = tools.verdict_of(plain, first)
+    assert verdict.status == "fail"
+    assert verdict.divergence.module.startswith("model.layers.0.mlp.down_proj")
+
+
+def test_speculative_decoding_is_refused(demo_model, tmp_path):
+    """An engine that speculates is refused, saying why and what to change."""
+    with engines.started(
+        demo_model,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        },
+    ) as llm:
+        start = start_capture(DebuggerConfig(level="L0"), tmp_path, decode_steps=2)
+        with pytest.raises(Exception, match="without speculative_config"):
+            converse(llm, start)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("VLLM_BATCH_INVARIANT", "no batch-invariant kernels for cpu"),
+        ("VLLM_USE_V2_MODEL_RUNNER", "V2 needs Triton"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(demo_model, variable, message):
+    """VLLM's late or unclear failures are found before an engine is started."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here: these settings work")
+    with (
+        engines.environment(**{variable: "1"}),
+        pytest.raises(EngineError, match=message),
+    ):
+        tools.start(demo_model)
+
+
+def test_two_engines_of_one_process_do_not_mix(engine, demo_model, tmp_path):
+    """Captures that run at the same time on two engines hold their own requests."""
+    other_prompt = "numbers, numbers, numbers"
+    with engines.started(demo_model) as other:
+        files, others = [], []
+        with (
+            engines.recorded(engine, tmp_path / "one", files),
+            engines.recorded(other, tmp_path / "two", others),
+        ):
+            tools.generate(other, [other_prompt])
+            tools.generate(engine, [tools.PROMPT])
+        alone = tools.capture(other, tmp_path, prompts=[other_prompt])
+
+    verdict = tools.verdict_of(alone, others[0])
+    assert (verdict.status, verdict.equal) == ("pass", verdict.judged)
+    (one,), (two,) = files[0].header.requests, others[0].header.requests
+    assert one.prompt_sha256 != two.prompt_sha256
+    assert one.label == two.label == 0
+
+
+def test_nothing_heavy_is_imported_unless_asked_for(demo_model):
+    """Without variable and additional_config no worker is touched, no module loaded."""
+    from test_processes import run_python
+
+    program = """
+import os, sys
+os.environ.pop("MSPROBE_ATTACH")
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+ours = lambda: [name for name in sys.modules if name.startswith("pytest_msprobe.")]
+print(ours(), [name for name in sys.modules if name.startswith("vllm.v1.worker")])
+from vllm import LLM
+llm = LLM(model=sys.argv[1], enforce_eager=True, max_model_len=64, dtype="bfloat16")
+worker = llm.llm_engine.model_executor.driver_worker.worker
+print(ours())
+runner = worker.model_runner
+print(hasattr(worker, "msprobe_control"), "execute_model" in runner.__dict__)
+"""
+    lines = run_python(program, demo_model)
+    assert lines[-3] == "['pytest_msprobe.vllm_entry'] []"
+    assert lines[-2] == "['pytest_msprobe.vllm_entry']"
+    assert lines[-1] == "False False"
