@@ -5,15 +5,16 @@ With ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 in the environment tor
 oneDNN take AVX2 kernels; vLLM asks torch.cpu which kernels it may take.
 """
 
-import torch
-
 ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
-def _no() -> bool:
-    return False
+def pytest_configure() -> None:
+    """Caps what torch says of the processor; importing this module does nothing."""
+    import torch
 
+    def no() -> bool:
+        return False
 
-torch.cpu._is_avx512_supported = _no
-torch.cpu._is_avx512_bf16_supported = _no
-torch.cpu._is_amx_tile_supported = _no
+    torch.cpu._is_avx512_supported = no
+    torch.cpu._is_avx512_bf16_supported = no
+    torch.cpu._is_amx_tile_supported = no

@@ -2,8 +2,10 @@
 """One capture in one process: collector, wrappers, function mode and writer."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,7 +29,32 @@ from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import StepRecord
 from pytest_msprobe.model.records import ROW_WIDTH
 
+_LOG = logging.getLogger("pytest_msprobe")
 Models = torch.nn.Module | Sequence[torch.nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What recording takes, from its first step.
+
+    Attributes:
+        rows: Rows measured in it.
+        taken: Bytes that it took.
+        limit: Bytes at which recording stops.
+    """
+
+    rows: int
+    taken: int
+    limit: int
+
+    @property
+    def text(self) -> str:
+        """One line for a log."""
+        steps = self.limit // max(self.taken, 1)
+        return (
+            f"{self.rows} rows and {self.taken} bytes in the first step; max_bytes "
+            f"{self.limit} is enough for about {steps} such steps"
+        )
 
 
 class Recording:
@@ -65,6 +92,7 @@ class Recorder:
     Attributes:
         config: What to record.
         folder: Of the dump.
+        estimate: What a step takes, known once the first one has ended.
         collector: Where calls are reported.
         mode: The function mode of level L1, None at L0.
         recording: Context manager that records while it is entered.
@@ -92,6 +120,7 @@ class Recorder:
         """
         self.config = config
         self.folder = dump_path
+        self.estimate: Estimate | None = None
         self.collector = Collector(config)
         self.mode: FunctionMode | None = None
         self.recording = Recording(self)
@@ -188,6 +217,7 @@ class Recorder:
             self.collector.fail(self._limit_error(step.step))
         if self._is_deferred:
             self._deferred.append(step)
+            self._note_estimate()
             return
         try:
             if self.config.async_dump:
@@ -196,6 +226,13 @@ class Recorder:
                 self._writer.write_now(self._make(step))
         except (OSError, CaptureError) as error:
             self.collector.fail(self._writer.error_of(error))
+        self._note_estimate()
+
+    def _note_estimate(self) -> None:
+        if self.estimate is None:
+            rows = self.collector.measurer.measured_rows
+            self.estimate = Estimate(rows, self.recorded_bytes, self.config.max_bytes)
+            _LOG.info("msprobe: %s", self.estimate.text)
 
     def drop_step(self) -> None:
         """Forgets the open step, which has not come to its end."""

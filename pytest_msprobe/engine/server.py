@@ -180,15 +180,13 @@ class ContinuousDump:
         if recorder.collector.error is not None:
             self.finish()
             return
-        if attachment.recorded_steps == 1:
-            rows = recorder.collector.measurer.measured_rows
+        if attachment.recorded_steps == 1 and recorder.estimate is not None:
+            text = recorder.estimate.text
             _LOG.warning(
-                "msprobe: rank %d is dumped to %s: %d rows in the first step; stops at "
-                "max_bytes=%d",
+                "msprobe: rank %d is dumped to %s: %s",
                 self._rank,
                 recorder.folder,
-                rows,
-                recorder.config.max_bytes,
+                text,
             )
 
     def _fail(self, error: Exception) -> None:

@@ -187,6 +187,51 @@ def test_speculative_decoding_is_refused(demo_model, tmp_path):
             converse(llm, start)
 
 
+def test_nan_and_infinity_survive_every_file(engine, tmp_path):
+    """NaN and infinities are in the dump, the capture and the verdict, as counts."""
+    clean = tools.capture(engine, tmp_path)
+    layer = tools.model_of(engine).model.layers[2].mlp
+
+    def broken(original, *args, **kwargs):
+        result = original(*args, **kwargs).clone()
+        result[0, 3] = float("nan")
+        result[-1, 5] = float("inf")
+        return result
+
+    with tools.wrapped_forward(layer, broken):
+        faulty = tools.capture(engine, tmp_path)
+
+    name = "Module.model.layers.2.mlp.Qwen2MLP.forward.0"
+    dump = json.loads((faulty.path.parent / "step0/rank0/dump.json").read_text())
+    assert np.isnan(dump["data"][name]["output"][0]["Max"])
+    calls = {call.c: call for step, call in faulty.calls() if step == 0}
+    first, rest = (faulty.tensors[i] for i in calls[name].o["output.0"])
+    assert first.x == [1, 0, 0]
+    assert rest.x == [0, 1, 0]
+    verdict = tools.verdict_of(clean, faulty)
+    assert verdict.status == "fail"
+    assert verdict.divergence.module == "model.layers.2.mlp"
+    assert any(finding.metric == "nonfinite" for finding in verdict.worst)
+
+
+def test_a_limit_of_bytes_ends_a_capture(engine, tmp_path):
+    """A capture that grows beyond max_bytes fails, saying where and what to do."""
+    reply = tools.control(
+        engine,
+        "start",
+        config={"level": "mix", "max_bytes": 600_000},
+        folder=str(tmp_path),
+    )
+    assert reply["ok"], reply
+    tools.generate(engine, [tools.PROMPT], 5)
+    reply = tools.control(engine, "stop")
+
+    assert not reply["ok"]
+    assert "recording stopped behind step 1" in reply["error"]
+    assert "max_bytes is 600000" in reply["error"]
+    assert tools.capture(engine, tmp_path).steps
+
+
 @pytest.mark.parametrize(
     ("variable", "message"),
     [

@@ -2,6 +2,8 @@
 """Tensor and pipeline parallel engines on the CPU: ranks, places, agreement."""
 
 import json
+import subprocess
+import sys
 
 import engines
 import pytest
@@ -12,6 +14,7 @@ from pytest_msprobe.compare.ranks import (
     find_disagreement,
     without_sharded,
 )
+from pytest_msprobe.dump.capture import read_capture
 from pytest_msprobe.dump.layout import ranks_of, steps_of
 from pytest_msprobe.engine.client import METHOD, ask_workers, converse
 
@@ -209,3 +212,50 @@ def test_pipeline_parallel(single, demo_model, tmp_path, monkeypatch):
                     compared += 1
                     equal += file.tensors[own].c == single.tensors[its].c
     assert equal == compared > 250
+
+
+INVARIANT = """
+capture: {{level: L0}}
+engine:
+  model: {model}
+  dtype: bfloat16
+  max_model_len: 128
+  tensor_parallel_size: {size}
+golden: {{tp_invariant: true}}
+"""
+TEST = f"""
+from vllm import SamplingParams
+
+def test_greedy(msprobe_engine):
+    parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    msprobe_engine.generate([{tools.PROMPT!r}], parameters, use_tqdm=False)
+"""
+
+
+def test_one_golden_judges_every_size(pytester, demo_model):
+    """A tp_invariant golden of one rank judges two ranks, and says how."""
+    pytester.makepyfile(test_it=TEST)
+    outputs = []
+    for size, update in ((1, ["--msprobe-update=new"]), (2, [])):
+        pytester.makefile(
+            ".yaml", msprobe=INVARIANT.format(model=demo_model, size=size)
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--msprobe-config", "msprobe.yaml",
+             *update],
+            cwd=pytester.path,
+            env=tools.clean_environment(**{**tools.ENVIRONMENT, **engines.PARALLEL}),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        outputs.append(done.stdout)
+
+    (golden,) = (pytester.path / "golden").rglob("*.jsonl")
+    assert ".rank" not in golden.name
+    runs = pytester.path / ".msprobe" / "runs"
+    combined = [read_capture(path) for path in runs.rglob("capture.combined.jsonl")]
+    assert {file.header.provenance["ranks"] for file in combined} == {1, 2}
+    assert "sharded" in outputs[1]

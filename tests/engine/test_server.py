@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,10 +12,12 @@ import time
 import urllib.error
 import urllib.request
 
+import engines
 import pytest
 import tools
 
 from pytest_msprobe.dump.layout import ranks_of, steps_of
+from pytest_msprobe.errors import EngineError
 
 START_SECONDS = 180
 
@@ -43,6 +46,7 @@ def environment(**changes):
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
     variables.pop("MSPROBE_ATTACH", None)
     variables["VLLM_LOGGING_LEVEL"] = "WARNING"
+    variables["VLLM_SERVER_DEV_MODE"] = "1"  # opens /collective_rpc
     return {**variables, **changes}
 
 
@@ -75,17 +79,27 @@ class Server:
         except (urllib.error.URLError, ConnectionError):
             return False
 
-    def complete(self, prompt="Explain gravity in one sentence.", tokens=4):
-        """The guide's request."""
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens,
-                "temperature": 0, "ignore_eos": True}  # fmt: skip
+    def post(self, path, body):
+        """A request with JSON and its answer."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
+            f"http://127.0.0.1:{self.port}{path}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request) as answer:  # noqa: S310 - http above
             return json.load(answer)
+
+    def control(self, action, **arguments):
+        """Our control method over HTTP; one reply a rank."""
+        payload = json.dumps({"action": action, **arguments})
+        body = {"method": "msprobe_control", "args": [payload]}
+        return self.post("/collective_rpc", body)["results"]
+
+    def complete(self, prompt="Explain gravity in one sentence.", tokens=4):
+        """The guide's request."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens,
+                "temperature": 0, "ignore_eos": True}  # fmt: skip
+        return self.post("/v1/completions", body)
 
     def stop(self):
         """Ends it as an operator does."""
@@ -181,16 +195,32 @@ def test_dump_enable_switches_at_run_time(served):
     assert list(after) == sorted(after)
 
 
+def test_control_over_http(served, tmp_path):
+    """Replies of the control method pass vLLM's HTTP route, errors included."""
+    server, _, _ = served
+    config = {"level": "L0", "task": "statistics"}
+
+    (status,) = server.control("status")
+    assert status["ok"]
+    (started,) = server.control("start", config=config, folder=str(tmp_path))
+    assert started["ok"], started
+    server.complete(tokens=2)
+    (stopped,) = server.control("stop")
+    assert stopped["rows"] > 300
+    (wrong,) = server.control("fly")
+    assert not wrong["ok"]
+
+
 def test_a_second_engine_may_not_write_the_same_dump(served, demo_model):
     """An engine whose dump_path another one writes refuses to start, naming both."""
-    from pytest_msprobe.dump.lock import DumpLock
-    from pytest_msprobe.errors import CaptureError
+    _, _, dump = served
+    config = {**GUIDE, "level": "L0", "dump_path": str(dump)}
 
-    server, _, dump = served
-    server.complete(tokens=1)
-
-    with pytest.raises(CaptureError, match=r"data_dump: process \d+ is writing rank0"):
-        DumpLock(dump, "rank0")
+    with (
+        pytest.raises(EngineError, match=r"data_dump: process \d+ is writing rank0"),
+        engines.started(demo_model, additional_config={"dump_config": config}),
+    ):
+        pass
 
 
 def test_stopping_the_server_loses_nothing_that_was_complete(demo_model, tmp_path):
@@ -207,7 +237,7 @@ def test_stopping_the_server_loses_nothing_that_was_complete(demo_model, tmp_pat
     assert all(read(step)["data"] for step in steps_of(dump).values())
     log = server.log.read_text()
     assert "rank 0 is dumped to" in log
-    assert "rows in the first step" in log
+    assert re.search(r"\d+ rows and \d+ bytes in the first step", log)
 
 
 @pytest.mark.parametrize(
