@@ -28,6 +28,21 @@ ENVIRONMENT = {
     "MSPROBE_ATTACH": "1",
 }
 ARGUMENTS = {"dtype": "bfloat16", "max_model_len": 128}
+# The config.json of msProbe's vLLM guide.
+GUIDE = {
+    "task": "statistics",
+    "dump_path": "/home/data_dump",
+    "rank": [],
+    "step": [],
+    "level": "mix",
+    "async_dump": False,
+    "statistics": {
+        "scope": [],
+        "list": [],
+        "data_mode": ["all"],
+        "summary_mode": "statistics",
+    },
+}
 _NUMBER = itertools.count()
 
 

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+import tools
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,20 +18,7 @@ from pytest_msprobe.config.debugger_config import (
 from pytest_msprobe.config.source import Source
 from pytest_msprobe.errors import ConfigError
 
-SEED = {
-    "task": "statistics",
-    "dump_path": "/home/data_dump",
-    "rank": [],
-    "step": [],
-    "level": "mix",
-    "async_dump": False,
-    "statistics": {
-        "scope": [],
-        "list": [],
-        "data_mode": ["all"],
-        "summary_mode": "statistics",
-    },
-}
+SEED = tools.GUIDE
 
 
 def parse(data, **options):

@@ -344,20 +344,7 @@ def test_msprobes_config_json_works_unchanged(project, tmp_path):
     other = Project(tmp_path)
     (tmp_path / "config.json").write_text(
         json.dumps(
-            {
-                "task": "statistics",
-                "dump_path": str(tmp_path / "dumps"),
-                "rank": [],
-                "step": [],
-                "level": "mix",
-                "async_dump": False,
-                "statistics": {
-                    "scope": [],
-                    "list": [],
-                    "data_mode": ["all"],
-                    "summary_mode": "statistics",
-                },
-            }
+            {**tools.GUIDE, "dump_path": str(tmp_path / "dumps"), "level": "mix"}
         )
     )
     other.write(

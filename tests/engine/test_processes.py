@@ -110,20 +110,7 @@ def test_the_guides_own_edit_works_as_written(demo_model, tmp_path, level):
     config = tmp_path / "config.json"
     config.write_text(
         json.dumps(
-            {
-                "task": "statistics",
-                "dump_path": str(tmp_path / "data_dump"),
-                "rank": [],
-                "step": [],
-                "level": level,
-                "async_dump": False,
-                "statistics": {
-                    "scope": [],
-                    "list": [],
-                    "data_mode": ["all"],
-                    "summary_mode": "statistics",
-                },
-            }
+            {**tools.GUIDE, "dump_path": str(tmp_path / "data_dump"), "level": level}
         )
     )
 

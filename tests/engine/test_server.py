@@ -123,19 +123,7 @@ def read(step):
     return json.loads((rank / "dump.json").read_text())
 
 
-GUIDE = {
-    "task": "statistics",
-    "rank": [],
-    "step": [],
-    "level": "mix",
-    "async_dump": False,
-    "statistics": {
-        "scope": [],
-        "list": [],
-        "data_mode": ["all"],
-        "summary_mode": "statistics",
-    },
-}
+GUIDE = tools.GUIDE
 
 
 @pytest.fixture(scope="module")
