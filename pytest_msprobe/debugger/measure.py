@@ -16,7 +16,7 @@ from pytest_msprobe.model.records import ROW_WIDTH
 from pytest_msprobe.model.segments import PADDING, Piece, RowClass
 from pytest_msprobe.model.shards import WHOLE_ON_ALL, Shard
 from pytest_msprobe.statistics.select import select_backend
-from pytest_msprobe.statistics.spec import Backend, Span, rows_of, whole
+from pytest_msprobe.statistics.spec import Backend, Span, as_rows, rows_of, whole
 
 _CHUNK_ROWS = 1024
 _ROW_BYTES = ROW_WIDTH * 8
@@ -342,7 +342,7 @@ class Measurer:
             return plan
         from pytest_msprobe.statistics import cpu
 
-        layout = cpu.as_rows(plan.shape, tensor.stride())
+        layout = as_rows(plan.shape, tensor.stride())
         kind = cpu.KINDS.get(tensor.dtype)
         if layout is None or kind is None:
             return plan

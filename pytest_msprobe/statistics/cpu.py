@@ -22,7 +22,7 @@ from pytest_msprobe.compat import make_llvmlite_scannable
 from pytest_msprobe.model import records
 from pytest_msprobe.statistics.checksum import word_factors
 from pytest_msprobe.statistics.reference import ReferenceBackend
-from pytest_msprobe.statistics.spec import Span
+from pytest_msprobe.statistics.spec import Span, as_rows, collapse
 
 # Columns of the span table.
 ADDRESS, ROWS, COLUMNS, ROW_BYTES, FIRST_INDEX, INDEX_STRIDE, ROW, KIND = range(8)
@@ -562,21 +562,6 @@ measure_spans = numba.njit(_SIGNATURE, **{**_OPTIONS, "nogil": False})(_measure)
 measure_large_spans = numba.njit(_SIGNATURE, **_OPTIONS)(_measure)
 
 
-def as_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """Row length and row stride of a tensor seen as rows of its dimension 0.
-
-    Returns:
-        (elements a row, elements from row to row), or None where the dimensions
-        behind the first are not contiguous, so that they cannot be seen as one.
-    """
-    width = 1
-    for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
-        if size != 1 and stride != width:
-            return None
-        width *= size
-    return width, (strides[0] if shape else 1)
-
-
 class CpuBackend:
     """Statistics of CPU tensors by the compiled kernel; one thread at a time.
 
@@ -641,25 +626,6 @@ def build_table(
         if span.rows and span.columns
     ]
     return np.array(entries, dtype=np.int64).reshape(-1, TABLE_WIDTH)
-
-
-def collapse(span: Span, row_stride: int, size: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns, bytes a row, first index, index stride; one long row if it can be.
-
-    Args:
-        span: The span.
-        row_stride: Elements from row to row in memory.
-        size: Bytes of one element.
-    """
-    if row_stride == span.columns == span.index_stride:
-        return 1, span.rows * span.columns, 0, span.first_index, 0
-    return (
-        span.rows,
-        span.columns,
-        row_stride * size,
-        span.first_index,
-        span.index_stride,
-    )
 
 
 def checksum_memory(address: int, count: int, size: int) -> int:

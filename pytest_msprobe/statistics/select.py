@@ -18,9 +18,12 @@ def select_backend(device_type: str) -> tuple[Backend, str]:
         from pytest_msprobe.statistics.cpu import CpuBackend
 
         return CpuBackend(), "cpu: compiled by numba"
+    if device_type == "cuda" and has_module("triton"):
+        from pytest_msprobe.statistics.cuda import CudaBackend
+
+        return CudaBackend(), "cuda: compiled by Triton"
     from pytest_msprobe.statistics.reference import ReferenceBackend
 
-    reason = (
-        "numba is not installed" if device_type == "cpu" else "no kernel for it yet"
-    )
+    missing = {"cpu": "numba", "cuda": "Triton"}.get(device_type)
+    reason = f"{missing} is not installed" if missing else "no kernel for it yet"
     return ReferenceBackend(), f"reference: {device_type}: {reason}"

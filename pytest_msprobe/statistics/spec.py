@@ -79,3 +79,37 @@ def rows_of(shape: Sequence[int], first_row: int, rows: int, position: int) -> S
     for size in shape[1:]:
         width *= size
     return Span(first_row, rows, 0, width, position * width, width)
+
+
+def as_rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Row length and row stride of a tensor seen as rows of its dimension 0.
+
+    Returns:
+        (elements a row, elements from row to row), or None where the dimensions
+        behind the first are not contiguous, so that they cannot be seen as one.
+    """
+    width = 1
+    for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
+        if size != 1 and stride != width:
+            return None
+        width *= size
+    return width, (strides[0] if shape else 1)
+
+
+def collapse(span: Span, row_stride: int, size: int) -> tuple[int, int, int, int, int]:
+    """Rows, columns, bytes a row, first index, index stride; one long row if it can be.
+
+    Args:
+        span: The span.
+        row_stride: Elements from row to row in memory.
+        size: Bytes of one element.
+    """
+    if row_stride == span.columns == span.index_stride:
+        return 1, span.rows * span.columns, 0, span.first_index, 0
+    return (
+        span.rows,
+        span.columns,
+        row_stride * size,
+        span.first_index,
+        span.index_stride,
+    )

@@ -8,17 +8,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_msprobe.compat import has_module
 from pytest_msprobe.model.records import (
     COUNT,
     ROW_WIDTH,
     combine,
     read_numbers,
 )
-from pytest_msprobe.statistics.cpu import CpuBackend
 from pytest_msprobe.statistics.reference import ReferenceBackend
 from pytest_msprobe.statistics.spec import Span, rows_of, whole
 
-BACKENDS = {"reference": ReferenceBackend(), "cpu": CpuBackend()}
+BACKENDS = {"reference": ReferenceBackend()}
+if has_module("numba"):
+    from pytest_msprobe.statistics.cpu import CpuBackend
+
+    BACKENDS["cpu"] = CpuBackend()
+if torch.cuda.is_available():
+    from pytest_msprobe.statistics.cuda import CudaBackend
+
+    BACKENDS["cuda"] = CudaBackend()
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = (
     "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
@@ -44,10 +52,22 @@ def make_tensor(dtype, shape, seed):
     return x.to(kind)
 
 
+def on_device(tensor, device):
+    """A tensor on a device, a view of as much memory as here."""
+    if device == "cpu":
+        return tensor
+    storage = tensor.untyped_storage().cuda()
+    moved = torch.empty(0, dtype=tensor.dtype, device=device)
+    moved = moved.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return moved.conj() if tensor.is_conj() else moved
+
+
 def numbers_of(backend, tensor, parts):
     """Numbers of each part."""
     rows = np.full((len(parts), ROW_WIDTH), np.nan)
-    backend.measure(tensor, parts, rows)
+    # Copied with its strides: views stay views.
+    device = "cuda" if backend.name == "cuda" else "cpu"
+    backend.measure(on_device(tensor, device), parts, rows)
     return [read_numbers(row, str(tensor.dtype)) for row in rows]
 
 

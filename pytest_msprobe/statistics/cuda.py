@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+# A kernel takes its arguments one by one, is one function, and has numbers of its own.
+# ruff: noqa: PLR0913, PLR0915, PLR0917, PLR2004
+"""The statistics in one pass on a GPU, as two Triton kernels.
+
+The first reads each element once: a program takes blocks of 64 consecutive indices and
+leaves partial sums; lane p of a block is the element whose bucket is p, so that sketch
+and checksum need no exchange between lanes. The second adds the partial sums of a span
+up, always in the same order: equal inputs give equal bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from pytest_msprobe.model import records
+from pytest_msprobe.statistics.checksum import word_factors
+from pytest_msprobe.statistics.reference import ReferenceBackend
+from pytest_msprobe.statistics.sketch import SEED
+from pytest_msprobe.statistics.spec import Span, as_rows, collapse
+
+# Partial rows are as wide as a power of two.
+_WIDTH = 128
+_TILE = 32
+_MOST_PROGRAMS = 512
+_SEED = tl.constexpr(SEED)
+_PARTIAL = tl.constexpr(_WIDTH)
+_ROW = tl.constexpr(records.ROW_WIDTH)
+_MAXIMUM = tl.constexpr(records.MAXIMUM)
+_MINIMUM = tl.constexpr(records.MINIMUM)
+_TOTAL = tl.constexpr(records.TOTAL)
+_SQUARES = tl.constexpr(records.SQUARES)
+_NAN = tl.constexpr(records.NAN)
+_PLUS = tl.constexpr(records.POSITIVE_INF)
+_MINUS = tl.constexpr(records.NEGATIVE_INF)
+_COUNT = tl.constexpr(records.COUNT)
+_CHECKSUM = tl.constexpr(records.CHECKSUM)
+_SKETCH = tl.constexpr(records.SKETCH)
+_LEAST = tl.constexpr(-(2**63))
+_MOST = tl.constexpr(2**63 - 1)
+
+# Type of the bits, bytes, and the float type that they stand for, None for integers.
+_KINDS: dict[torch.dtype, tuple[Any, int, Any]] = {
+    torch.bfloat16: (tl.int16, 2, tl.bfloat16),
+    torch.float16: (tl.int16, 2, tl.float16),
+    torch.float32: (tl.int32, 4, tl.float32),
+    torch.bool: (tl.int8, 1, None),
+    torch.int8: (tl.int8, 1, None),
+    torch.uint8: (tl.uint8, 1, None),
+    torch.int16: (tl.int16, 2, None),
+    torch.int32: (tl.int32, 4, None),
+    torch.int64: (tl.int64, 8, None),
+}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mix(h: Any) -> Any:
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _measure_kernel(
+    address: Any,
+    table: Any,
+    factors: Any,
+    floats: Any,
+    integers: Any,
+    programs: Any,
+    bits_type: tl.constexpr,
+    size: tl.constexpr,
+    float_type: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    program, span = tl.program_id(0), tl.program_id(1)
+    entry = table + span * 6
+    offset, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
+    index_stride = tl.load(entry + 5)
+    blocks = (columns + 126) // 64  # of a row, wherever in a block it begins
+    units = rows * blocks
+
+    p = tl.arange(0, 64)
+    # The word that a bucket's elements are added to, by bucket.
+    low = tl.load(factors + (p * size) // 4)
+    high = low
+    if size == 8:
+        high = tl.load(factors + p * 2 + 1)
+    zero = tl.zeros([64], tl.float64)
+    total, squares, sketch = zero, zero, zero
+    checksum = tl.zeros([64], tl.int64)
+    checksum_high = tl.zeros([64], tl.int64)
+    nan = tl.zeros([64], tl.int64)
+    plus = tl.zeros([64], tl.int64)
+    minus = tl.zeros([64], tl.int64)
+    maximum = tl.full([64], float("-inf"), tl.float32)
+    minimum = tl.full([64], float("inf"), tl.float32)
+    largest = tl.full([64], _LEAST, tl.int64)
+    smallest = tl.full([64], _MOST, tl.int64)
+
+    start = program * tile
+    while start < units:
+        unit = start + tl.arange(0, tile)
+        row = (unit // blocks).to(tl.int64)
+        block = (unit % blocks).to(tl.int64)
+        index = first_index + row * index_stride
+        lane = index & 63
+        number = (index >> 6) + block
+        base = _mix(
+            (number & 0xFFFFFFFF).to(tl.uint32)
+            ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
+        )
+        c = p[None, :] ^ (base >> 26).to(tl.int32)[:, None]
+        column = block[:, None] * 64 + c - lane[:, None]
+        valid = (unit < units)[:, None] & (column >= 0) & (column < columns)
+        place = address + offset + row[:, None] * row_bytes + column * size
+        bits = tl.load(place.to(tl.pointer_type(bits_type)), mask=valid, other=0)
+
+        high_factor = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
+        factor = (high_factor + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
+        word = bits.to(tl.int64)
+        if size < 8:
+            word = word & ((1 << (8 * size)) - 1)
+            word = word << (8 * ((c * size) & 3)).to(tl.int64)
+        else:
+            upper = (word >> 32) & 0xFFFFFFFF
+            checksum_high += tl.sum(upper * factor[:, None], axis=0)
+            word = word & 0xFFFFFFFF
+        checksum += tl.sum(word * factor[:, None], axis=0)
+
+        if float_type is None:
+            value = bits.to(tl.int64)
+            largest = tl.maximum(
+                largest, tl.max(tl.where(valid, value, _LEAST), axis=0)
+            )
+            smallest = tl.minimum(
+                smallest, tl.min(tl.where(valid, value, _MOST), axis=0)
+            )
+        else:
+            x = bits.to(float_type, bitcast=True).to(tl.float32)
+            is_nan = x != x  # noqa: PLR0124 - what a NaN is known by
+            is_plus, is_minus = x == float("inf"), x == float("-inf")
+            finite = valid & ~(is_nan | is_plus | is_minus)
+            nan += tl.sum((valid & is_nan).to(tl.int64), axis=0)
+            plus += tl.sum((valid & is_plus).to(tl.int64), axis=0)
+            minus += tl.sum((valid & is_minus).to(tl.int64), axis=0)
+            top = tl.max(tl.where(finite, x, float("-inf")), axis=0)
+            bottom = tl.min(tl.where(finite, x, float("inf")), axis=0)
+            maximum = tl.maximum(maximum, top)
+            minimum = tl.minimum(minimum, bottom)
+            x = tl.where(finite, x, 0.0)
+            signs = tl.where(
+                c < 32,
+                _mix(base + 0x9E3779B9)[:, None],
+                _mix(base + 0x3C6EF372)[:, None],
+            )
+            bit = (signs >> (c & 31).to(tl.uint32)) & 1
+            total += tl.sum(x, axis=0).to(tl.float64)
+            squares += tl.sum(x * x, axis=0).to(tl.float64)
+            sketch += tl.sum(tl.where(bit == 1, x, -x), axis=0).to(tl.float64)
+        start += programs * tile
+
+    row_out = (span * programs + program).to(tl.int64) * _PARTIAL
+    tl.store(floats + row_out + _SKETCH + p, sketch)
+    tl.store(floats + row_out + _TOTAL, tl.sum(total))
+    tl.store(floats + row_out + _SQUARES, tl.sum(squares))
+    if float_type is None:
+        tl.store(integers + row_out + _MAXIMUM, tl.max(largest))
+        tl.store(integers + row_out + _MINIMUM, tl.min(smallest))
+    else:
+        tl.store(floats + row_out + _MAXIMUM, tl.max(maximum).to(tl.float64))
+        tl.store(floats + row_out + _MINIMUM, tl.min(minimum).to(tl.float64))
+    tl.store(integers + row_out + _NAN, tl.sum(nan))
+    tl.store(integers + row_out + _PLUS, tl.sum(plus))
+    tl.store(integers + row_out + _MINUS, tl.sum(minus))
+    count = tl.where(program == 0, rows * columns, 0)
+    tl.store(integers + row_out + _COUNT, count)
+    words = tl.sum(checksum * low)
+    if size == 8:
+        words += tl.sum(checksum_high * high)
+    tl.store(integers + row_out + _CHECKSUM, words)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine_kernel(
+    floats: Any,
+    integers: Any,
+    out_floats: Any,
+    out_integers: Any,
+    programs: Any,
+    is_float: tl.constexpr,
+) -> None:
+    span = tl.program_id(0)
+    column = tl.arange(0, _PARTIAL)
+    first = span.to(tl.int64) * programs * _PARTIAL
+    inside = column < _ROW
+    real = tl.zeros([_PARTIAL], tl.float64)
+    whole = tl.zeros([_PARTIAL], tl.int64)
+    maximum = float("-inf")
+    minimum = float("inf")
+    largest = _LEAST
+    smallest = _MOST
+    for program in range(programs):
+        row = first + program * _PARTIAL
+        real += tl.load(floats + row + column, mask=inside, other=0.0)
+        whole += tl.load(integers + row + column, mask=inside, other=0)
+        if is_float:
+            maximum = tl.maximum(maximum, tl.load(floats + row + _MAXIMUM))
+            minimum = tl.minimum(minimum, tl.load(floats + row + _MINIMUM))
+        else:
+            largest = tl.maximum(largest, tl.load(integers + row + _MAXIMUM))
+            smallest = tl.minimum(smallest, tl.load(integers + row + _MINIMUM))
+    out = span.to(tl.int64) * _ROW
+    is_sum = (column == _TOTAL) | (column == _SQUARES) | (column >= _SKETCH)
+    is_count = (column >= _NAN) & (column <= _CHECKSUM)
+    tl.store(out_floats + out + column, real, mask=inside & is_sum)
+    tl.store(out_integers + out + column, whole, mask=inside & is_count)
+    if is_float:
+        tl.store(out_floats + out + _MAXIMUM, maximum)
+        tl.store(out_floats + out + _MINIMUM, minimum)
+    else:
+        tl.store(out_integers + out + _MAXIMUM, largest)
+        tl.store(out_integers + out + _MINIMUM, smallest)
+
+
+class CudaBackend:
+    """Statistics of tensors on a GPU that Triton compiles for."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._reference = ReferenceBackend()
+        self._factors: dict[torch.device, torch.Tensor] = {}
+
+    def measure(
+        self, tensor: torch.Tensor, parts: Sequence[Sequence[Span]], rows: records.Row
+    ) -> None:
+        """See `spec.Backend.measure`."""
+        spans = [span for part in parts for span in part if span.rows and span.columns]
+        kind = _KINDS.get(tensor.dtype)
+        if kind is None or not spans:
+            self._reference.measure(tensor, parts, rows)
+            return
+        found = self.launch(tensor.detach(), spans).cpu().numpy()
+        _add_parts(found, parts, rows, is_float=kind[2] is not None)
+
+    def launch(self, tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        """Starts the kernels for some spans of a tensor, without waiting for them.
+
+        Args:
+            tensor: On the GPU, a dtype that the kernel knows.
+            spans: None of them empty.
+
+        Returns:
+            (spans, 73) float64 on the GPU.
+        """
+        bits_type, size, float_type = _KINDS[tensor.dtype]
+        if tensor.is_neg() or as_rows(tensor.shape, tensor.stride()) is None:
+            tensor = tensor.resolve_neg().contiguous()
+        layout = as_rows(tensor.shape, tensor.stride())
+        assert layout is not None
+        table = torch.tensor(
+            [_entry(span, layout[1], size) for span in spans], dtype=torch.int64
+        )
+        device = tensor.device
+        table = table.to(device, non_blocking=True)
+        units = max(span.rows * ((span.columns + 126) // 64) for span in spans)
+        programs = min(-(-units // _TILE), _MOST_PROGRAMS)
+        partial = torch.empty(
+            (len(spans) * programs, _WIDTH), dtype=torch.float64, device=device
+        )
+        out = torch.empty(
+            (len(spans), records.ROW_WIDTH), dtype=torch.float64, device=device
+        )
+        _measure_kernel[(programs, len(spans))](
+            tensor.data_ptr(),
+            table,
+            self._word_factors(device),
+            partial,
+            partial.view(torch.int64),
+            programs,
+            bits_type,
+            size,
+            float_type,
+            _TILE,
+            num_warps=4,
+        )
+        _combine_kernel[(len(spans),)](
+            partial,
+            partial.view(torch.int64),
+            out,
+            out.view(torch.int64),
+            programs,
+            float_type is not None,
+            num_warps=4,
+        )
+        return out
+
+    def _word_factors(self, device: torch.device) -> torch.Tensor:
+        known = self._factors.get(device)
+        if known is None:
+            factors = torch.from_numpy(word_factors().view(np.int64))
+            known = self._factors[device] = factors.to(device)
+        return known
+
+
+def _entry(span: Span, row_stride: int, size: int) -> tuple[int, ...]:
+    """Offset, rows, columns, bytes a row, first index, index stride of a span."""
+    offset = (span.first_row * row_stride + span.first_column) * size
+    return offset, *collapse(span, row_stride, size)
+
+
+def _add_parts(
+    found: records.Row,
+    parts: Sequence[Sequence[Span]],
+    rows: records.Row,
+    *,
+    is_float: bool,
+) -> None:
+    """Adds the spans of each part up."""
+    rows[:] = 0.0
+    whole, out = found.view(np.int64), rows.view(np.int64)
+    counts = slice(records.NAN, records.CHECKSUM + 1)
+    place = 0
+    for row, part in enumerate(parts):
+        if is_float:
+            rows[row, records.MAXIMUM], rows[row, records.MINIMUM] = -np.inf, np.inf
+        is_first = True
+        for span in part:
+            if not span.rows or not span.columns:
+                continue
+            with np.errstate(over="ignore"):
+                out[row, counts] += whole[place, counts]
+            rows[row, records.TOTAL : records.NAN] += found[
+                place, records.TOTAL : records.NAN
+            ]
+            rows[row, records.SKETCH :] += found[place, records.SKETCH :]
+            source, target = (found, rows) if is_float else (whole, out)
+            high, low = (
+                source[place, records.MAXIMUM],
+                source[place, records.MINIMUM],
+            )
+            if not is_first or is_float:
+                high = max(high, target[row, records.MAXIMUM])
+                low = min(low, target[row, records.MINIMUM])
+            target[row, records.MAXIMUM], target[row, records.MINIMUM] = high, low
+            is_first = False
+            place += 1
