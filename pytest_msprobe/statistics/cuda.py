@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # A kernel takes its arguments one by one, is one function, and has numbers of its own.
-# ruff: noqa: PLR0913, PLR0915, PLR0917, PLR2004
+# Triton reads annotations as code, so kernels have none.
+# ruff: noqa: ANN001, ANN202, PLR0913, PLR0915, PLR0917, PLR2004
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The statistics in one pass on a GPU, as two Triton kernels.
 
 The first reads each element once: a program takes blocks of 64 consecutive indices and
@@ -57,8 +59,8 @@ _KINDS: dict[torch.dtype, tuple[Any, int, Any]] = {
 }
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(h: Any) -> Any:
+@triton.jit
+def _mix(h):
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
@@ -66,19 +68,19 @@ def _mix(h: Any) -> Any:
     return h ^ (h >> 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _measure_kernel(
-    address: Any,
-    table: Any,
-    factors: Any,
-    floats: Any,
-    integers: Any,
-    programs: Any,
+    address,
+    table,
+    factors,
+    floats,
+    integers,
+    programs,
     bits_type: tl.constexpr,
     size: tl.constexpr,
     float_type: tl.constexpr,
     tile: tl.constexpr,
-) -> None:
+):
     program, span = tl.program_id(0), tl.program_id(1)
     entry = table + span * 6
     offset, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -188,15 +190,15 @@ def _measure_kernel(
     tl.store(integers + row_out + _CHECKSUM, words)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _combine_kernel(
-    floats: Any,
-    integers: Any,
-    out_floats: Any,
-    out_integers: Any,
-    programs: Any,
+    floats,
+    integers,
+    out_floats,
+    out_integers,
+    programs,
     is_float: tl.constexpr,
-) -> None:
+):
     span = tl.program_id(0)
     column = tl.arange(0, _PARTIAL)
     first = span.to(tl.int64) * programs * _PARTIAL
