@@ -205,31 +205,32 @@ def _combine_kernel(
     inside = column < _ROW
     real = tl.zeros([_PARTIAL], tl.float64)
     whole = tl.zeros([_PARTIAL], tl.int64)
-    maximum = float("-inf")
-    minimum = float("inf")
-    largest = _LEAST
-    smallest = _MOST
+    top = tl.full([_PARTIAL], float("-inf"), tl.float64)
+    bottom = tl.full([_PARTIAL], float("inf"), tl.float64)
+    largest = tl.full([_PARTIAL], _LEAST, tl.int64)
+    smallest = tl.full([_PARTIAL], _MOST, tl.int64)
     for program in range(programs):
         row = first + program * _PARTIAL
-        real += tl.load(floats + row + column, mask=inside, other=0.0)
-        whole += tl.load(integers + row + column, mask=inside, other=0)
-        if is_float:
-            maximum = tl.maximum(maximum, tl.load(floats + row + _MAXIMUM))
-            minimum = tl.minimum(minimum, tl.load(floats + row + _MINIMUM))
-        else:
-            largest = tl.maximum(largest, tl.load(integers + row + _MAXIMUM))
-            smallest = tl.minimum(smallest, tl.load(integers + row + _MINIMUM))
+        values = tl.load(floats + row + column, mask=inside, other=0.0)
+        bits = tl.load(integers + row + column, mask=inside, other=0)
+        real += values
+        whole += bits
+        top = tl.maximum(top, values)
+        bottom = tl.minimum(bottom, values)
+        largest = tl.maximum(largest, bits)
+        smallest = tl.minimum(smallest, bits)
     out = span.to(tl.int64) * _ROW
     is_sum = (column == _TOTAL) | (column == _SQUARES) | (column >= _SKETCH)
     is_count = (column >= _NAN) & (column <= _CHECKSUM)
+    is_high, is_low = column == _MAXIMUM, column == _MINIMUM
     tl.store(out_floats + out + column, real, mask=inside & is_sum)
     tl.store(out_integers + out + column, whole, mask=inside & is_count)
     if is_float:
-        tl.store(out_floats + out + _MAXIMUM, maximum)
-        tl.store(out_floats + out + _MINIMUM, minimum)
+        tl.store(out_floats + out + column, top, mask=is_high)
+        tl.store(out_floats + out + column, bottom, mask=is_low)
     else:
-        tl.store(out_integers + out + _MAXIMUM, largest)
-        tl.store(out_integers + out + _MINIMUM, smallest)
+        tl.store(out_integers + out + column, largest, mask=is_high)
+        tl.store(out_integers + out + column, smallest, mask=is_low)
 
 
 class CudaBackend:
