@@ -59,7 +59,8 @@ def on_device(tensor, device):
     storage = tensor.untyped_storage().cuda()
     moved = torch.empty(0, dtype=tensor.dtype, device=device)
     moved = moved.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return moved.conj() if tensor.is_conj() else moved
+    moved = moved.conj() if tensor.is_conj() else moved
+    return torch._neg_view(moved) if tensor.is_neg() else moved
 
 
 def numbers_of(backend, tensor, parts):
@@ -263,7 +264,8 @@ def test_negative_bit_is_resolved(backend):
 @each_backend
 def test_row_is_overwritten(backend):
     """What stood in a row before does not get into the numbers."""
-    tensor = make_tensor("float32", (3, 10), 2)
+    device = "cuda" if backend.name == "cuda" else "cpu"
+    tensor = make_tensor("float32", (3, 10), 2).to(device)
     rows = np.full((1, ROW_WIDTH), 7.0)
 
     backend.measure(tensor, [[whole(tensor.shape)]], rows)
