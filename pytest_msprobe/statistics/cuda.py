@@ -27,8 +27,14 @@ from pytest_msprobe.statistics.spec import Span, as_rows, collapse
 
 # Partial rows are as wide as a power of two.
 _WIDTH = 128
-_TILE = 32
-_MOST_PROGRAMS = 512
+# Blocks that a program reads at a time, and how often; fewer than 1024 in all, since
+# it counts NaN and infinities in ten bits a lane.
+_TILE = 8
+_STEPS = 48
+# Tensors below so many blocks have a program for each tile.
+_FEW_UNITS = 4096
+# Partial rows that one program adds up.
+_GROUP = 32
 _SEED = tl.constexpr(SEED)
 _PARTIAL = tl.constexpr(_WIDTH)
 _ROW = tl.constexpr(records.ROW_WIDTH)
@@ -76,6 +82,7 @@ def _measure_kernel(
     floats,
     integers,
     programs,
+    width,
     bits_type: tl.constexpr,
     size: tl.constexpr,
     float_type: tl.constexpr,
@@ -90,73 +97,69 @@ def _measure_kernel(
     units = rows * blocks
 
     p = tl.arange(0, 64)
-    # The word that a bucket's elements are added to, by bucket.
-    low = tl.load(factors + (p * size) // 4)
-    high = low
+    checksum = tl.zeros([tile, 64], tl.int64)
+    checksum_high = tl.zeros([1, 1], tl.int64)
     if size == 8:
-        high = tl.load(factors + p * 2 + 1)
-    zero = tl.zeros([64], tl.float64)
-    total, squares, sketch = zero, zero, zero
-    checksum = tl.zeros([64], tl.int64)
-    checksum_high = tl.zeros([64], tl.int64)
-    nan = tl.zeros([64], tl.int64)
-    plus = tl.zeros([64], tl.int64)
-    minus = tl.zeros([64], tl.int64)
-    maximum = tl.full([64], float("-inf"), tl.float32)
-    minimum = tl.full([64], float("inf"), tl.float32)
-    largest = tl.full([64], _LEAST, tl.int64)
-    smallest = tl.full([64], _MOST, tl.int64)
+        checksum_high = tl.zeros([tile, 64], tl.int64)
+    if float_type is None:
+        largest = tl.full([tile, 64], _LEAST, tl.int64)
+        smallest = tl.full([tile, 64], _MOST, tl.int64)
+    else:
+        total = tl.zeros([tile, 64], tl.float32)
+        squares = tl.zeros([tile, 64], tl.float32)
+        sketch = tl.zeros([tile, 64], tl.float32)
+        maximum = tl.full([tile, 64], float("-inf"), tl.float32)
+        minimum = tl.full([tile, 64], float("inf"), tl.float32)
+        # NaN, +Inf and -Inf seen, ten bits each: a program reads fewer blocks.
+        odd = tl.zeros([tile, 64], tl.int32)
 
-    start = program * tile
+    start = program.to(tl.int64) * tile
     while start < units:
         unit = start + tl.arange(0, tile)
-        row = (unit // blocks).to(tl.int64)
-        block = (unit % blocks).to(tl.int64)
+        row = unit // blocks
+        block = unit - row * blocks
         index = first_index + row * index_stride
-        lane = index & 63
+        lane = (index & 63).to(tl.int32)
         number = (index >> 6) + block
         base = _mix(
             (number & 0xFFFFFFFF).to(tl.uint32)
             ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
         )
         c = p[None, :] ^ (base >> 26).to(tl.int32)[:, None]
-        column = block[:, None] * 64 + c - lane[:, None]
-        valid = (unit < units)[:, None] & (column >= 0) & (column < columns)
-        place = address + offset + row[:, None] * row_bytes + column * size
+        # Bytes from the unit's first lane; 32 bits are enough within a block.
+        left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
+        left = tl.where(unit < units, left, 0)
+        skip = tl.where(block == 0, lane, 0)
+        valid = (c >= skip[:, None]) & (c < left[:, None])
+        origin = address + offset + row * row_bytes + (block * 64 - lane) * size
+        place = origin[:, None] + c * size
         bits = tl.load(place.to(tl.pointer_type(bits_type)), mask=valid, other=0)
 
         high_factor = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
         factor = (high_factor + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
-        word = bits.to(tl.int64)
-        if size < 8:
-            word = word & ((1 << (8 * size)) - 1)
-            word = word << (8 * ((c * size) & 3)).to(tl.int64)
+        if size < 4:
+            word = (bits.to(tl.uint32, bitcast=False)) & ((1 << (8 * size)) - 1)
+            word = word << (8 * ((c * size) & 3)).to(tl.uint32)
+            checksum += word.to(tl.int64) * factor[:, None]
+        elif size == 4:
+            checksum += bits.to(tl.uint32, bitcast=True).to(tl.int64) * factor[:, None]
         else:
-            upper = (word >> 32) & 0xFFFFFFFF
-            checksum_high += tl.sum(upper * factor[:, None], axis=0)
-            word = word & 0xFFFFFFFF
-        checksum += tl.sum(word * factor[:, None], axis=0)
+            word = bits.to(tl.int64)
+            checksum += (word & 0xFFFFFFFF) * factor[:, None]
+            checksum_high += ((word >> 32) & 0xFFFFFFFF) * factor[:, None]
 
         if float_type is None:
             value = bits.to(tl.int64)
-            largest = tl.maximum(
-                largest, tl.max(tl.where(valid, value, _LEAST), axis=0)
-            )
-            smallest = tl.minimum(
-                smallest, tl.min(tl.where(valid, value, _MOST), axis=0)
-            )
+            largest = tl.maximum(largest, tl.where(valid, value, _LEAST))
+            smallest = tl.minimum(smallest, tl.where(valid, value, _MOST))
         else:
             x = bits.to(float_type, bitcast=True).to(tl.float32)
-            is_nan = x != x  # noqa: PLR0124 - what a NaN is known by
-            is_plus, is_minus = x == float("inf"), x == float("-inf")
-            finite = valid & ~(is_nan | is_plus | is_minus)
-            nan += tl.sum((valid & is_nan).to(tl.int64), axis=0)
-            plus += tl.sum((valid & is_plus).to(tl.int64), axis=0)
-            minus += tl.sum((valid & is_minus).to(tl.int64), axis=0)
-            top = tl.max(tl.where(finite, x, float("-inf")), axis=0)
-            bottom = tl.min(tl.where(finite, x, float("inf")), axis=0)
-            maximum = tl.maximum(maximum, top)
-            minimum = tl.minimum(minimum, bottom)
+            finite = tl.abs(x) < float("inf")
+            other = tl.where(x > 0, 1 << 10, tl.where(x < 0, 1 << 20, 1))
+            odd += tl.where(finite, 0, other)
+            counts = finite & valid
+            maximum = tl.maximum(maximum, tl.where(counts, x, float("-inf")))
+            minimum = tl.minimum(minimum, tl.where(counts, x, float("inf")))
             x = tl.where(finite, x, 0.0)
             signs = tl.where(
                 c < 32,
@@ -164,30 +167,50 @@ def _measure_kernel(
                 _mix(base + 0x3C6EF372)[:, None],
             )
             bit = (signs >> (c & 31).to(tl.uint32)) & 1
-            total += tl.sum(x, axis=0).to(tl.float64)
-            squares += tl.sum(x * x, axis=0).to(tl.float64)
-            sketch += tl.sum(tl.where(bit == 1, x, -x), axis=0).to(tl.float64)
+            total += x
+            squares += x * x
+            sketch += tl.where(bit == 1, x, -x)
         start += programs * tile
 
-    row_out = (span * programs + program).to(tl.int64) * _PARTIAL
-    tl.store(floats + row_out + _SKETCH + p, sketch)
-    tl.store(floats + row_out + _TOTAL, tl.sum(total))
-    tl.store(floats + row_out + _SQUARES, tl.sum(squares))
-    if float_type is None:
-        tl.store(integers + row_out + _MAXIMUM, tl.max(largest))
-        tl.store(integers + row_out + _MINIMUM, tl.min(smallest))
-    else:
-        tl.store(floats + row_out + _MAXIMUM, tl.max(maximum).to(tl.float64))
-        tl.store(floats + row_out + _MINIMUM, tl.min(minimum).to(tl.float64))
-    tl.store(integers + row_out + _NAN, tl.sum(nan))
-    tl.store(integers + row_out + _PLUS, tl.sum(plus))
-    tl.store(integers + row_out + _MINUS, tl.sum(minus))
+    row_out = (span * programs + program).to(tl.int64) * width
+    # The word that a bucket's elements are added to, by bucket.
+    low = tl.load(factors + (p * size) // 4)
+    words = tl.sum(tl.sum(checksum, axis=0) * low)
+    if size == 8:
+        high = tl.load(factors + p * 2 + 1)
+        words += tl.sum(tl.sum(checksum_high, axis=0) * high)
+    tl.store(integers + row_out + _CHECKSUM, words)
     count = tl.where(program == 0, rows * columns, 0)
     tl.store(integers + row_out + _COUNT, count)
-    words = tl.sum(checksum * low)
-    if size == 8:
-        words += tl.sum(checksum_high * high)
-    tl.store(integers + row_out + _CHECKSUM, words)
+    if float_type is None:
+        tl.store(integers + row_out + _MAXIMUM, tl.max(tl.max(largest, axis=0)))
+        tl.store(integers + row_out + _MINIMUM, tl.min(tl.min(smallest, axis=0)))
+        zero = tl.zeros([64], tl.float64)
+        tl.store(floats + row_out + _SKETCH + p, zero)
+        tl.store(floats + row_out + _TOTAL, 0.0)
+        tl.store(floats + row_out + _SQUARES, 0.0)
+        tl.store(integers + row_out + _NAN, 0)
+        tl.store(integers + row_out + _PLUS, 0)
+        tl.store(integers + row_out + _MINUS, 0)
+    else:
+        sums = tl.sum(sketch.to(tl.float64), axis=0)
+        tl.store(floats + row_out + _SKETCH + p, sums)
+        tl.store(
+            floats + row_out + _TOTAL, tl.sum(tl.sum(total.to(tl.float64), axis=0))
+        )
+        tl.store(
+            floats + row_out + _SQUARES, tl.sum(tl.sum(squares.to(tl.float64), axis=0))
+        )
+        top = tl.max(tl.max(maximum, axis=0)).to(tl.float64)
+        bottom = tl.min(tl.min(minimum, axis=0)).to(tl.float64)
+        tl.store(floats + row_out + _MAXIMUM, top)
+        tl.store(floats + row_out + _MINIMUM, bottom)
+        nan = tl.sum(tl.sum((odd & 1023).to(tl.int64), axis=0))
+        plus = tl.sum(tl.sum(((odd >> 10) & 1023).to(tl.int64), axis=0))
+        minus = tl.sum(tl.sum(((odd >> 20) & 1023).to(tl.int64), axis=0))
+        tl.store(integers + row_out + _NAN, nan)
+        tl.store(integers + row_out + _PLUS, plus)
+        tl.store(integers + row_out + _MINUS, minus)
 
 
 @triton.jit
@@ -197,38 +220,34 @@ def _combine_kernel(
     out_floats,
     out_integers,
     programs,
+    out_width,
     is_float: tl.constexpr,
+    group: tl.constexpr,
 ):
-    span = tl.program_id(0)
+    part, span = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(0)
     column = tl.arange(0, _PARTIAL)
-    first = span.to(tl.int64) * programs * _PARTIAL
-    inside = column < _ROW
-    real = tl.zeros([_PARTIAL], tl.float64)
-    whole = tl.zeros([_PARTIAL], tl.int64)
-    top = tl.full([_PARTIAL], float("-inf"), tl.float64)
-    bottom = tl.full([_PARTIAL], float("inf"), tl.float64)
-    largest = tl.full([_PARTIAL], _LEAST, tl.int64)
-    smallest = tl.full([_PARTIAL], _MOST, tl.int64)
-    for program in range(programs):
-        row = first + program * _PARTIAL
-        values = tl.load(floats + row + column, mask=inside, other=0.0)
-        bits = tl.load(integers + row + column, mask=inside, other=0)
-        real += values
-        whole += bits
-        top = tl.maximum(top, values)
-        bottom = tl.minimum(bottom, values)
-        largest = tl.maximum(largest, bits)
-        smallest = tl.minimum(smallest, bits)
-    out = span.to(tl.int64) * _ROW
+    number = part * group + tl.arange(0, group)
+    row = (span * programs + number).to(tl.int64) * _PARTIAL
+    inside = (number < programs)[:, None] & (column < _ROW)[None, :]
+    place = row[:, None] + column[None, :]
+    values = tl.load(floats + place, mask=inside, other=0.0)
+    bits = tl.load(integers + place, mask=inside, other=0)
+    out = (span * parts + part).to(tl.int64) * out_width
     is_sum = (column == _TOTAL) | (column == _SQUARES) | (column >= _SKETCH)
+    is_sum = is_sum & (column < _ROW)
     is_count = (column >= _NAN) & (column <= _CHECKSUM)
     is_high, is_low = column == _MAXIMUM, column == _MINIMUM
-    tl.store(out_floats + out + column, real, mask=inside & is_sum)
-    tl.store(out_integers + out + column, whole, mask=inside & is_count)
+    tl.store(out_floats + out + column, tl.sum(values, axis=0), mask=is_sum)
+    tl.store(out_integers + out + column, tl.sum(bits, axis=0), mask=is_count)
     if is_float:
+        top = tl.max(tl.where(inside, values, float("-inf")), axis=0)
+        bottom = tl.min(tl.where(inside, values, float("inf")), axis=0)
         tl.store(out_floats + out + column, top, mask=is_high)
         tl.store(out_floats + out + column, bottom, mask=is_low)
     else:
+        largest = tl.max(tl.where(inside, bits, _LEAST), axis=0)
+        smallest = tl.min(tl.where(inside, bits, _MOST), axis=0)
         tl.store(out_integers + out + column, largest, mask=is_high)
         tl.store(out_integers + out + column, smallest, mask=is_low)
 
@@ -275,36 +294,41 @@ class CudaBackend:
         device = tensor.device
         table = table.to(device, non_blocking=True)
         units = max(span.rows * ((span.columns + 126) // 64) for span in spans)
-        programs = min(-(-units // _TILE), _MOST_PROGRAMS)
-        partial = torch.empty(
-            (len(spans) * programs, _WIDTH), dtype=torch.float64, device=device
-        )
-        out = torch.empty(
-            (len(spans), records.ROW_WIDTH), dtype=torch.float64, device=device
-        )
+        programs = -(-units // (_TILE * (1 if units <= _FEW_UNITS else _STEPS)))
+        is_float = float_type is not None
+        width = _WIDTH if programs > 1 else records.ROW_WIDTH
+        rows = _empty(len(spans) * programs, width, device)
         _measure_kernel[(programs, len(spans))](
             tensor.data_ptr(),
             table,
             self._word_factors(device),
-            partial,
-            partial.view(torch.int64),
+            rows,
+            rows.view(torch.int64),
             programs,
+            width,
             bits_type,
             size,
             float_type,
             _TILE,
             num_warps=4,
         )
-        _combine_kernel[(len(spans),)](
-            partial,
-            partial.view(torch.int64),
-            out,
-            out.view(torch.int64),
-            programs,
-            float_type is not None,
-            num_warps=4,
-        )
-        return out
+        while programs > 1:
+            groups = -(-programs // _GROUP)
+            width = _WIDTH if groups > 1 else records.ROW_WIDTH
+            out = _empty(len(spans) * groups, width, device)
+            _combine_kernel[(groups, len(spans))](
+                rows,
+                rows.view(torch.int64),
+                out,
+                out.view(torch.int64),
+                programs,
+                width,
+                is_float,
+                _GROUP,
+                num_warps=4,
+            )
+            rows, programs = out, groups
+        return rows
 
     def _word_factors(self, device: torch.device) -> torch.Tensor:
         known = self._factors.get(device)
@@ -312,6 +336,10 @@ class CudaBackend:
             factors = torch.from_numpy(word_factors().view(np.int64))
             known = self._factors[device] = factors.to(device)
         return known
+
+
+def _empty(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((rows, width), dtype=torch.float64, device=device)
 
 
 def _entry(span: Span, row_stride: int, size: int) -> tuple[int, ...]:
