@@ -9,6 +9,7 @@ worker, before the model is loaded.
 import argparse
 import json
 import logging
+import sys
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,22 @@ class ContinuousDump:
             self._fail(error)
 
 
+def log_to_stderr() -> None:
+    """Sees to it that what is logged reaches the server's log.
+
+    vLLM's logging configuration has no place for other packages, and may have
+    switched their loggers off.
+    """
+    _LOG.disabled = False
+    if not _LOG.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        _LOG.addHandler(handler)
+        _LOG.propagate = False
+    if not _LOG.isEnabledFor(logging.WARNING):
+        _LOG.setLevel(logging.WARNING)
+
+
 def start_dump(wrapper: Any, additional: dict[str, Any]) -> None:
     """Lets a worker dump everything.
 
@@ -217,6 +234,7 @@ def start_dump(wrapper: Any, additional: dict[str, Any]) -> None:
     Raises:
         MsprobeError: The configuration is wrong, or the engine cannot be captured.
     """
+    log_to_stderr()
     worker = wrapper.worker
     worker.__dict__["msprobe_dump"] = ContinuousDump(
         worker, read_dump_config(additional)

@@ -118,7 +118,7 @@ def test_mixture_of_experts(demo_model, tmp_path):
     names = {call.c for _, call in first.calls()}
     assert any("mlp.gate." in name for name in names)
     assert any("mlp.experts." in name for name in names)
-    tools.assert_changed(first, faulty, "model.layers.1.mlp.gate.GateLinear")
+    tools.assert_changed(first, faulty, "model.layers.1.mlp.gate")
     verdict = tools.verdict_of(first, faulty)
     assert verdict.status == "fail"
     assert verdict.divergence.module.startswith("model.layers.1.mlp")
