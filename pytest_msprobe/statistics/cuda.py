@@ -310,7 +310,7 @@ class CudaBackend:
             size,
             float_type,
             _TILE,
-            num_warps=4,
+            num_warps=2,
         )
         while programs > 1:
             groups = -(-programs // _GROUP)
