@@ -33,6 +33,8 @@ _TILE = 8
 _STEPS = 48
 # Tensors below so many blocks have a program for each tile.
 _FEW_UNITS = 4096
+# Bytes of the types of which two are read as one word.
+_PAIR_BYTES = 2
 # Partial rows that one program adds up.
 _GROUP = 32
 _SEED = tl.constexpr(SEED)
@@ -83,6 +85,7 @@ def _measure_kernel(
     integers,
     programs,
     width,
+    is_again: tl.constexpr,
     bits_type: tl.constexpr,
     size: tl.constexpr,
     float_type: tl.constexpr,
@@ -95,6 +98,10 @@ def _measure_kernel(
     index_stride = tl.load(entry + 5)
     blocks = (columns + 126) // 64  # of a row, wherever in a block it begins
     units = rows * blocks
+    if is_again:
+        done = tl.load(floats + (span * programs + program).to(tl.int64) * width + 3)
+        # Nothing to do where the row has a finite sum of squares.
+        units = tl.where(done < float("inf"), 0, units)
 
     p = tl.arange(0, 64)
     checksum = tl.zeros([tile, 64], tl.int64)
@@ -172,6 +179,8 @@ def _measure_kernel(
             sketch += tl.where(bit == 1, x, -x)
         start += programs * tile
 
+    if is_again and units == 0:
+        return
     row_out = (span * programs + program).to(tl.int64) * width
     # The word that a bucket's elements are added to, by bucket.
     low = tl.load(factors + (p * size) // 4)
@@ -211,6 +220,129 @@ def _measure_kernel(
         tl.store(integers + row_out + _NAN, nan)
         tl.store(integers + row_out + _PLUS, plus)
         tl.store(integers + row_out + _MINUS, minus)
+
+
+@triton.jit
+def _pairs_kernel(
+    address,
+    table,
+    factors,
+    floats,
+    integers,
+    programs,
+    width,
+    float_type: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """Two elements of 16 bits at a time, all taken for finite.
+
+    Words must lie at multiples of 4 bytes. Where the sum of squares is not finite the
+    row is no result, and the other kernel does it again.
+    """
+    program, span = tl.program_id(0), tl.program_id(1)
+    entry = table + span * 6
+    offset, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
+    index_stride = tl.load(entry + 5)
+    blocks = (columns + 126) // 64
+    units = rows * blocks
+
+    q = tl.arange(0, 32)
+    checksum = tl.zeros([tile, 32], tl.int64)
+    total = tl.zeros([tile, 32], tl.float32)
+    squares = tl.zeros([tile, 32], tl.float32)
+    even = tl.zeros([tile, 32], tl.float32)
+    odd = tl.zeros([tile, 32], tl.float32)
+    maximum = tl.full([tile, 32], float("-inf"), tl.float32)
+    minimum = tl.full([tile, 32], float("inf"), tl.float32)
+    start = program.to(tl.int64) * tile
+    while start < units:
+        unit = start + tl.arange(0, tile)
+        row = unit // blocks
+        block = unit - row * blocks
+        index = first_index + row * index_stride
+        lane = (index & 63).to(tl.int32)
+        number = (index >> 6) + block
+        base = _mix(
+            (number & 0xFFFFFFFF).to(tl.uint32)
+            ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
+        )
+        rotation = (base >> 26).to(tl.int32)
+        left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
+        left = tl.where(unit < units, left, 0)
+        skip = tl.where(block == 0, lane, 0)
+        origin = address + offset + row * row_bytes + (block * 64 - lane) * 2
+        place = q[None, :] ^ (rotation >> 1)[:, None]
+        c = place * 2
+        has_low = (c >= skip[:, None]) & (c < left[:, None])
+        has_high = (c + 1 >= skip[:, None]) & (c + 1 < left[:, None])
+        word = tl.load(
+            (origin[:, None] + place * 4).to(tl.pointer_type(tl.int32)),
+            mask=has_low | has_high,
+            other=0,
+        )
+        is_inside = (tl.min(left) == 64) & (tl.max(skip) == 0)
+        if not is_inside:
+            word = tl.where(has_low, word, word & -65536)
+            word = tl.where(has_high, word, word & 65535)
+        high_factor = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
+        factor = (high_factor + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
+        checksum += word.to(tl.uint32, bitcast=True).to(tl.int64) * factor[:, None]
+        if float_type == tl.bfloat16:
+            low = (word << 16).to(tl.float32, bitcast=True)
+            high = (word & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+            high = high.to(tl.float32)
+        signs = tl.where(
+            place < 16,
+            _mix(base + 0x9E3779B9)[:, None],
+            _mix(base + 0x3C6EF372)[:, None],
+        )
+        signs = ~(signs >> (c & 31).to(tl.uint32))
+        flip_low = ((signs << 31) & 0x80000000).to(tl.int32, bitcast=True)
+        flip_high = ((signs << 30) & 0x80000000).to(tl.int32, bitcast=True)
+        signed_low = (low.to(tl.int32, bitcast=True) ^ flip_low).to(
+            tl.float32, bitcast=True
+        )
+        signed_high = (high.to(tl.int32, bitcast=True) ^ flip_high).to(
+            tl.float32, bitcast=True
+        )
+        turns = ((rotation & 1) == 1)[:, None]
+        even += tl.where(turns, signed_high, signed_low)
+        odd += tl.where(turns, signed_low, signed_high)
+        total += low + high
+        squares += low * low + high * high
+        if is_inside:
+            maximum = tl.maximum(maximum, tl.maximum(low, high))
+            minimum = tl.minimum(minimum, tl.minimum(low, high))
+        else:
+            maximum = tl.maximum(maximum, tl.where(has_low, low, float("-inf")))
+            maximum = tl.maximum(maximum, tl.where(has_high, high, float("-inf")))
+            minimum = tl.minimum(minimum, tl.where(has_low, low, float("inf")))
+            minimum = tl.minimum(minimum, tl.where(has_high, high, float("inf")))
+        start += programs * tile
+
+    row_out = (span * programs + program).to(tl.int64) * width
+    words = tl.sum(tl.sum(checksum, axis=0) * tl.load(factors + q))
+    tl.store(integers + row_out + _CHECKSUM, words)
+    count = tl.where(program == 0, rows * columns, 0)
+    tl.store(integers + row_out + _COUNT, count)
+    tl.store(integers + row_out + _NAN, 0)
+    tl.store(integers + row_out + _PLUS, 0)
+    tl.store(integers + row_out + _MINUS, 0)
+    sketch = floats + row_out + _SKETCH + q * 2
+    tl.store(sketch, tl.sum(even.to(tl.float64), axis=0))
+    tl.store(sketch + 1, tl.sum(odd.to(tl.float64), axis=0))
+    sums = tl.sum(tl.sum(total.to(tl.float64), axis=0))
+    tl.store(floats + row_out + _TOTAL, sums)
+    sums = tl.sum(tl.sum(squares.to(tl.float64), axis=0))
+    tl.store(floats + row_out + _SQUARES, sums)
+    top = tl.max(tl.max(maximum, axis=0)).to(tl.float64)
+    bottom = tl.min(tl.min(minimum, axis=0)).to(tl.float64)
+    tl.store(floats + row_out + _MAXIMUM, top)
+    tl.store(floats + row_out + _MINIMUM, bottom)
 
 
 @triton.jit
@@ -288,16 +420,32 @@ class CudaBackend:
             tensor = tensor.resolve_neg().contiguous()
         layout = as_rows(tensor.shape, tensor.stride())
         assert layout is not None
-        table = torch.tensor(
-            [_entry(span, layout[1], size) for span in spans], dtype=torch.int64
-        )
+        table_rows = [_entry(span, layout[1], size) for span in spans]
         device = tensor.device
-        table = table.to(device, non_blocking=True)
+        table = torch.tensor(table_rows, dtype=torch.int64).to(
+            device, non_blocking=True
+        )
         units = max(span.rows * ((span.columns + 126) // 64) for span in spans)
         programs = -(-units // (_TILE * (1 if units <= _FEW_UNITS else _STEPS)))
         is_float = float_type is not None
         width = _WIDTH if programs > 1 else records.ROW_WIDTH
         rows = _empty(len(spans) * programs, width, device)
+        is_again = False
+        if size == _PAIR_BYTES and is_float and units > _FEW_UNITS:
+            is_again = _has_whole_words(tensor.data_ptr(), table_rows)
+        if is_again:
+            _pairs_kernel[(programs, len(spans))](
+                tensor.data_ptr(),
+                table,
+                self._word_factors(device),
+                rows,
+                rows.view(torch.int64),
+                programs,
+                width,
+                float_type,
+                _TILE,
+                num_warps=2,
+            )
         _measure_kernel[(programs, len(spans))](
             tensor.data_ptr(),
             table,
@@ -306,6 +454,7 @@ class CudaBackend:
             rows.view(torch.int64),
             programs,
             width,
+            is_again,
             bits_type,
             size,
             float_type,
@@ -336,6 +485,16 @@ class CudaBackend:
             factors = torch.from_numpy(word_factors().view(np.int64))
             known = self._factors[device] = factors.to(device)
         return known
+
+
+def _has_whole_words(address: int, table: list[tuple[int, ...]]) -> bool:
+    """Whether elements with even index lie at multiples of 4 bytes in every row."""
+    for offset, rows, _, row_bytes, first_index, index_stride in table:
+        if ((address + offset) // 2 - first_index) % 2:
+            return False
+        if rows > 1 and (row_bytes % 4 or index_stride % 2):
+            return False
+    return True
 
 
 def _empty(rows: int, width: int, device: torch.device) -> torch.Tensor:
