@@ -473,9 +473,10 @@ class MsprobeSession:
                 verdict.reasons.insert(0, disagreement.text)
             self.verdicts.append(verdict)
             self._write_verdict(verdict, capture)
-            is_update = self.update is not None and disagreement is None
+            # Ranks that disagree make no golden.
+            update = self.update if disagreement is None else None
             disagreement = None
-            if is_update and is_written(self.update, verdict.status):  # type: ignore[arg-type]
+            if update is not None and is_written(update, verdict.status):
                 self._prepare_golden(capture, recorded)
             elif not verdict.is_green:
                 failures.append(verdict)
