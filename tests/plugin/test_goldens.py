@@ -53,6 +53,24 @@ def test_a_rank_that_was_not_recorded_fails(project):
     assert_failed(project.run("--msprobe-update=new"), line, failed=1)
 
 
+def test_ranks_that_disagree_fail_and_make_no_golden(project):
+    """Copies that differ between ranks fail a test, golden or not, and name the row."""
+    project.configure("engine: {model: any, ranks: 2, drift: 0.1}\n")
+    project.write(ONE)
+    phrase = (
+        "ranks 0 and 1 disagree first at Module.layer.M.forward.0.output.0@0.prompt"
+    )
+
+    result = project.run("--msprobe-update=all")
+
+    assert_failed(result, phrase, "rel_l2 0.1", failed=1)
+    assert names(project) == []
+    project.configure(TWO_RANKS)
+    project.record()
+    project.configure("engine: {model: any, ranks: 2, drift: 0.1}\n")
+    assert_failed(project.run(), phrase, failed=1)
+
+
 def test_a_rank_that_is_not_selected_is_not_missed(project):
     """Where the settings select ranks, goldens of other ranks are not looked at."""
     project.configure(TWO_RANKS)

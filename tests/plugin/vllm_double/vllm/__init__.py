@@ -18,12 +18,16 @@ METHOD = "msprobe_control"
 
 
 class LLM:
-    """An engine with `ranks` workers; `broken` is why it cannot start."""
+    """An engine with `ranks` workers; `broken` is why it cannot start.
 
-    def __init__(self, ranks=1, broken=None, **arguments):
+    All ranks hold the same, but that others than the first are off by `drift`.
+    """
+
+    def __init__(self, ranks=1, broken=None, drift=0.0, **arguments):
         if broken:
             raise ValueError(broken)
         self.ranks = ranks
+        self.drift = drift
         self.arguments = arguments
         self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: False)
         self._folder = None
@@ -72,9 +76,12 @@ class LLM:
         calls = []
         for number, (layer, factor) in enumerate(self._steps):
             x = np.linspace(-1.0, 1.0, 32).reshape(4, 8)
-            slots = {"input_args.0": x}, {"output.0": x * 2 * factor}
+            own = factor * (1.0 + self.drift if rank else 1.0)
+            slots = {"input_args.0": x}, {"output.0": x * 2 * own}
             calls.append((captures.module(layer, number=number), 0, *slots))
         capture = captures.capture(calls, test=test, rank=rank)
+        for _, call in capture.calls():
+            call.p = {"output.0": 0}
         path = folder / f"capture.rank{rank}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         lines = [*capture.tensors.values(), *capture.entries]
