@@ -35,6 +35,8 @@ _STEPS = 48
 _FEW_UNITS = 4096
 # Bytes of the types of which two are read as one word.
 _PAIR_BYTES = 2
+# Indices below this are in blocks whose numbers have 31 bits.
+_LINE_END = 2**37 - 128
 # Partial rows that one program adds up.
 _GROUP = 32
 _SEED = tl.constexpr(SEED)
@@ -231,6 +233,7 @@ def _pairs_kernel(
     integers,
     programs,
     width,
+    is_line: tl.constexpr,
     float_type: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -247,6 +250,14 @@ def _pairs_kernel(
     blocks = (columns + 126) // 64
     units = rows * blocks
 
+    if is_line:
+        # One row of indices below 2**38: no division, one word of the block's number.
+        units = units.to(tl.int32)
+        number_0 = (first_index >> 6).to(tl.int32)
+        lane_0 = (first_index & 63).to(tl.int32)
+        end = (columns + lane_0).to(tl.int64)
+        above = _mix(tl.zeros([tile], tl.uint32) + _SEED)
+
     q = tl.arange(0, 32)
     checksum = tl.zeros([tile, 32], tl.int64)
     total = tl.zeros([tile, 32], tl.float32)
@@ -255,23 +266,32 @@ def _pairs_kernel(
     odd = tl.zeros([tile, 32], tl.float32)
     maximum = tl.full([tile, 32], float("-inf"), tl.float32)
     minimum = tl.full([tile, 32], float("inf"), tl.float32)
-    start = program.to(tl.int64) * tile
+    start = program * tile
+    if not is_line:
+        start = start.to(tl.int64)
     while start < units:
         unit = start + tl.arange(0, tile)
-        row = unit // blocks
-        block = unit - row * blocks
-        index = first_index + row * index_stride
-        lane = (index & 63).to(tl.int32)
-        number = (index >> 6) + block
-        base = _mix(
-            (number & 0xFFFFFFFF).to(tl.uint32)
-            ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
-        )
-        rotation = (base >> 26).to(tl.int32)
-        left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
+        if is_line:
+            base = _mix((number_0 + unit).to(tl.uint32, bitcast=True) ^ above)
+            first = unit.to(tl.int64) * 64
+            left = tl.minimum(end - first, 64).to(tl.int32)
+            skip = tl.where(unit == 0, lane_0, 0)
+            origin = address + offset + (first - lane_0) * 2
+        else:
+            row = unit // blocks
+            block = unit - row * blocks
+            index = first_index + row * index_stride
+            lane = (index & 63).to(tl.int32)
+            number = (index >> 6) + block
+            base = _mix(
+                (number & 0xFFFFFFFF).to(tl.uint32)
+                ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
+            )
+            left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
+            skip = tl.where(block == 0, lane, 0)
+            origin = address + offset + row * row_bytes + (block * 64 - lane) * 2
         left = tl.where(unit < units, left, 0)
-        skip = tl.where(block == 0, lane, 0)
-        origin = address + offset + row * row_bytes + (block * 64 - lane) * 2
+        rotation = (base >> 26).to(tl.int32)
         place = q[None, :] ^ (rotation >> 1)[:, None]
         c = place * 2
         has_low = (c >= skip[:, None]) & (c < left[:, None])
@@ -442,6 +462,7 @@ class CudaBackend:
                 rows.view(torch.int64),
                 programs,
                 width,
+                _is_line(table_rows),
                 float_type,
                 _TILE,
                 num_warps=2,
@@ -495,6 +516,14 @@ def _has_whole_words(address: int, table: list[tuple[int, ...]]) -> bool:
         if rows > 1 and (row_bytes % 4 or index_stride % 2):
             return False
     return True
+
+
+def _is_line(table: list[tuple[int, ...]]) -> bool:
+    """Whether every span is one row whose blocks are numbered in 31 bits."""
+    return all(
+        rows == 1 and first_index + columns < _LINE_END
+        for _, rows, columns, _, first_index, _ in table
+    )
 
 
 def _empty(rows: int, width: int, device: torch.device) -> torch.Tensor:
