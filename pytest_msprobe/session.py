@@ -84,13 +84,8 @@ class Capture:
         trace: TracebackType | None,
     ) -> None:
         """Ends recording; an error of the block is not hidden by one of ours."""
-        if error is not None:
-            self._note_ranks(error)
-        try:
+        with self._not_hiding(error):
             self.close()
-        except Exception:
-            if error is None:
-                raise
 
     async def __aexit__(
         self,
@@ -101,11 +96,17 @@ class Capture:
         """Ends recording on an asynchronous engine."""
         from pytest_msprobe.engine.client import converse_async, stop_capture
 
+        self.is_open = False
+        with self._not_hiding(error):
+            self._take(await converse_async(self.llm, stop_capture(self.item.nodeid)))
+
+    @contextlib.contextmanager
+    def _not_hiding(self, error: BaseException | None) -> Iterator[None]:
+        """Around the end of a block: its error gets our notes and wins over ours."""
         if error is not None:
             self._note_ranks(error)
-        self.is_open = False
         try:
-            self._take(await converse_async(self.llm, stop_capture(self.item.nodeid)))
+            yield
         except Exception:
             if error is None:
                 raise
@@ -116,12 +117,13 @@ class Capture:
 
         if not self.is_open:
             return
+        self._stop_watching()
+        self._take(converse(self.llm, stop_capture(self.item.nodeid)))
+
+    def _stop_watching(self) -> None:
         self.is_open = False
-        try:
-            self._take(converse(self.llm, stop_capture(self.item.nodeid)))
-        finally:
-            if self.watch is not None:
-                self.watch.stop()
+        if self.watch is not None:
+            self.watch.stop()
 
     def _start(self) -> "Conversation":
         from pytest_msprobe.engine.client import start_capture
@@ -155,7 +157,7 @@ class Capture:
         from pytest_msprobe.engine.client import ask_workers, converse
 
         if self.is_open:
-            self.is_open = False
+            self._stop_watching()
             folder = str(self.folder.resolve())
             converse(self.llm, ask_workers("abandon", folder=folder))
         shutil.rmtree(self.folder, ignore_errors=True)
