@@ -11,10 +11,11 @@ from pytest_msprobe.debugger.progress import LastSeen, read_progress
 
 PROGRESS = ".progress.rank{rank}"
 _WATCH_SECONDS = 0.25
+_EXITING = 0x4  # PF_EXITING of the kernel's task flags
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; a zombie does not."""
+    """Whether a process of this machine runs; one on its way out does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -23,7 +24,8 @@ def is_alive(pid: int) -> bool:
         return True
     with contextlib.suppress(OSError):
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return state.rpartition(")")[2].split()[0] not in ("Z", "X")
+        fields = state.rpartition(")")[2].split()
+        return fields[0] not in ("Z", "X") and not int(fields[6]) & _EXITING
     return True
 
 
