@@ -37,6 +37,7 @@ _UNSUPPORTED = ("load",)
 _UNSUPPORTED_IN_SECTION = ("slice", "request_id", "bench_path", "diff_nums")
 MAX_STEP = 10**6
 DEFAULT_MAX_BYTES = 10 * 2**30
+DEFAULT_PENDING_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ class DebuggerConfig:
             is therefore not watched.
         max_bytes: Recording stops when a rank has written so much. Not a key of
             msProbe's.
+        pending_bytes: Tensors that are kept alive to be measured later, or not again,
+            in bytes; 0 measures everything at once. Not a key of msProbe's.
+        measure_once: Whether a tensor seen again, and not written in between, keeps its
+            numbers. Not a key of msProbe's.
     """
 
     task: Task = "statistics"
@@ -84,6 +89,8 @@ class DebuggerConfig:
     summary_mode: SummaryMode = "statistics"
     dump_enable: bool | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
+    pending_bytes: int = DEFAULT_PENDING_BYTES
+    measure_once: bool = True
 
     @property
     def has_modules(self) -> bool:
@@ -276,7 +283,9 @@ def parse_debugger_config(
         "tensor_list": section.texts("tensor_list"),
         "data_mode": _check_data_mode(section, section.texts("data_mode", ("all",))),
         "summary_mode": section.choice("summary_mode", SUMMARY_MODES, "statistics"),
-        "max_bytes": _read_max_bytes(general),
+        "max_bytes": _read_bytes(general, "max_bytes", DEFAULT_MAX_BYTES, least=1),
+        "pending_bytes": _read_bytes(general, "pending_bytes", DEFAULT_PENDING_BYTES),
+        "measure_once": general.flag("measure_once", default=True),
     }
     if general.has("dump_enable"):
         values["dump_enable"] = general.flag("dump_enable", default=True)
@@ -297,10 +306,10 @@ def _read_op_list_path(reader: _Reader) -> str | None:
     return str(path)
 
 
-def _read_max_bytes(reader: _Reader) -> int:
-    value = reader.data.get("max_bytes", DEFAULT_MAX_BYTES)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise reader.error("max_bytes", "expected a number of bytes >= 1")
+def _read_bytes(reader: _Reader, name: str, default: int, *, least: int = 0) -> int:
+    value = reader.data.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise reader.error(name, f"expected a number of bytes >= {least}")
     return value
 
 

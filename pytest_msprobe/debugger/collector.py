@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps what the calls of the running step computed.
 
-Module wrappers and the function mode report calls here. Nothing in this module raises
-into the model: the first error is kept, recording stops, and whoever ends the capture
-raises it. Records are kept raw and turned into plain ones when they are written.
+Module wrappers and the function mode report calls here. A call is only noted, with its
+arguments as they are; what the noted calls hold is read together, before anything is
+written to a tensor, so that the model's own code stays in the processor's caches and a
+tensor seen again is not measured again. Nothing in this module raises into the model:
+the first error is kept, recording stops, and whoever ends the capture raises it.
+Records are kept raw and turned into plain ones when they are written.
 """
 
 import zlib
@@ -18,7 +21,12 @@ import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.calls import describe_value
-from pytest_msprobe.debugger.measure import Measured, Measurer, is_suspicious
+from pytest_msprobe.debugger.measure import (
+    PLAIN_TYPES,
+    Measured,
+    Measurer,
+    is_suspicious,
+)
 from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
@@ -38,6 +46,19 @@ if TYPE_CHECKING:
 
 LayoutSource = Callable[[int | None], StepLayout | None]
 
+# Values that stay what they are after a call has been noted.
+_LASTING = frozenset(
+    {
+        *PLAIN_TYPES,
+        *(type(None), bool, int, float, str, slice, type(...)),
+        *(torch.Size, torch.dtype, torch.device, torch.layout),
+    }
+)
+# So many calls are noted before they are read, memory permitting.
+_MOST_NOTED = 256
+# Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
+_BYTES_AN_ELEMENT = 8
+
 
 class CallSite:
     """A module, or an API under one name: what all of its calls share.
@@ -47,6 +68,7 @@ class CallSite:
         suffix: Text after it.
         is_module: Whether calls inside it have it as their parent.
         places: Where the columns of its slots stand in unsharded tensors.
+        parameters: Of a module: what told their last contents, and their description.
         refuted: Slots that were seen not to be token-major.
         stacks: Stacks of its calls by number, taken at their first time.
     """
@@ -56,6 +78,7 @@ class CallSite:
         "count",
         "generation",
         "is_module",
+        "parameters",
         "places",
         "prefix",
         "refuted",
@@ -67,6 +90,7 @@ class CallSite:
         self.prefix = prefix
         self.suffix = suffix
         self.is_module = is_module
+        self.parameters: tuple[list[Any], dict[str, Tree]] | None = None
         self.places: Places = {}
         self.refuted: set[Any] = set()
         self.stacks: dict[int, tuple[Frame, ...]] = {}
@@ -83,42 +107,38 @@ class CallSite:
 
 
 class RawCall:
-    """One call as it is kept until it is written; trees hold `Measured` leaves."""
+    """One call as it is kept until it is written; trees hold `Measured` leaves.
 
-    __slots__ = (
-        "depth",
-        "input_args",
-        "input_kwargs",
-        "is_finished",
-        "is_taken",
-        "key",
-        "name",
-        "output",
-        "parameters",
-        "parent",
-        "phase",
-        "site",
-        "slot_base",
-        "stack",
-    )
+    It is made when the call starts, with its arguments as they are; what they held is
+    read when the collector's log is, before anything can have written them.
+    """
 
-    def __init__(
-        self, site: CallSite, number: int, key: str, depth: int, parent: str | None
-    ) -> None:
+    key = ""
+    parent: "RawCall | None" = None
+    phase: Phase = "outside"
+    adjust: "Callable[[RawCall], None] | None" = None
+    module: torch.nn.Module | None = None
+    result: Any = None
+    written: Sequence[torch.Tensor] = ()
+    output: list[Tree] | dict[str, Tree] | None = None
+    parameters: dict[str, Tree] | None = None
+    stack: tuple[Frame, ...] | None = None
+    is_read = False
+    is_taken = False
+
+    def __init__(self, site: CallSite, number: int, depth: int) -> None:
         self.site = site
-        self.name = site.name(number)
-        self.key = key or self.name
+        self.number = number
         self.depth = depth
-        self.parent = parent
-        self.slot_base = number << 8
-        self.phase: Phase = "outside"
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
         self.input_args: list[Tree] = []
         self.input_kwargs: dict[str, Tree] = {}
-        self.output: list[Tree] | dict[str, Tree] | None = None
-        self.parameters: dict[str, Tree] | None = None
-        self.stack: tuple[Frame, ...] | None = None
-        self.is_finished = False
-        self.is_taken = False
+
+    @property
+    def name(self) -> str:
+        """Name as msProbe writes it."""
+        return self.site.name(self.number)
 
 
 class RawStep:
@@ -165,12 +185,13 @@ class Collector:
         places: Of the slots of modules, by path.
         progress: Where the running call is noted, None to note nothing.
         saved_bytes: Bytes of tensors saved to files.
+        unseen: How many calls run inside which writes are not seen.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
         self.selection = Selection(config)
-        self.measurer = Measurer()
+        self.measurer = Measurer(config.pending_bytes if config.measure_once else 0)
         self.error: BaseException | None = None
         self.is_recording = False
         self.layout: StepLayout | None = None
@@ -178,11 +199,17 @@ class Collector:
         self.places: dict[str, Places] = {}
         self.progress: Progress | None = None
         self.saved_bytes = 0
+        self.unseen = 0
         self._measures = config.task != "structure"
         self._is_plain = not config.saves_tensors and (
             config.summary_mode == "statistics" and self._measures
         )
         self._reads_inputs = config.keeps("input") or config.has_modules
+        self._log: list[RawCall] = []
+        self._noted = 0  # calls that are no longer in the log
+        # The tensor made last, and how many calls had been noted by then.
+        self._fresh: tuple[torch.Tensor | None, int] = (None, 0)
+        self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
         self._generation = 0
         self._stack: list[RawCall] = []
@@ -191,6 +218,8 @@ class Collector:
         self._undefined: dict[int, torch.Tensor] = {}
         self._opaque: frozenset[int] = frozenset()
         self._constants: dict[int, torch.Tensor] = {}
+        self._constant_ids: dict[int, tuple[int, Tree]] = {}
+        self._constant_version = 0
         self._measured_constants: dict[Any, Measured | TensorValue] = {}
         self._frame_limit: FrameType | None = None
         self._tensor_folder: Path | None = None
@@ -233,6 +262,9 @@ class Collector:
 
     def end_step(self) -> RawStep | None:
         """Closes the step and returns its records, None if none was open."""
+        self.read_log()
+        self.measurer.forget()
+        self._fresh = (None, 0)
         step = self._step
         self._step = None
         self.is_recording = False
@@ -252,6 +284,8 @@ class Collector:
 
     def pause(self) -> None:
         """Stops recording, the step stays open."""
+        self.read_log()
+        self.measurer.forget()
         self.is_recording = False
 
     def fail(self, error: BaseException) -> None:
@@ -259,6 +293,7 @@ class Collector:
         if self.error is None:
             self.error = error
         self.is_recording = False
+        self._log.clear()
 
     def raise_error(self) -> None:
         """Raises the first error met while recording.
@@ -283,6 +318,7 @@ class Collector:
             address = storage_address(tensor)
             if address:
                 self._constants[address] = tensor
+                self._constant_ids[id(tensor)] = (-1, None)
 
     def enter_forward(self, padded_tokens: int | None = None) -> None:
         """The model's forward starts: rows are settled from here on.
@@ -290,7 +326,7 @@ class Collector:
         Args:
             padded_tokens: Rows of the model's inputs, None where unknown.
         """
-        self.measurer.phase = "forward"
+        self.set_phase("forward")
         if self.layout is None and self._layout_source is not None:
             self.layout = self._layout_source(padded_tokens)
             if self.layout is not None:
@@ -299,6 +335,8 @@ class Collector:
                     split_tokens(self.layout),
                     split_samples(self.layout),
                 )
+                self._most_noted = self._limit_of(self.layout.padded_tokens)
+                self._log_limit = self._most_noted
 
     # Calls ---------------------------------------------------------------------
 
@@ -318,51 +356,170 @@ class Collector:
             site.generation, site.count = self._generation, 0
         number = site.count
         site.count = number + 1
-        key = ""
+        stack = self._stack
+        call = RawCall(site, number, len(stack))
+        if stack:
+            call.parent = stack[-1]
         if key_prefix:
             key_number = self._key_counts.get(key_prefix, 0)
             self._key_counts[key_prefix] = key_number + 1
-            key = f"{key_prefix}{key_number}{site.suffix}"
-        stack = self._stack
-        parent = stack[-1].name if stack else None
-        call = RawCall(site, number, key, len(stack), parent)
-        call.phase = self.measurer.phase
+            call.key = f"{key_prefix}{key_number}{site.suffix}"
         if self.progress is not None:
             self.progress.note(call.name)
         if site.is_module:
             stack.append(call)
         return call
 
-    def read_inputs(
-        self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
+    def log_inputs(
+        self, call: RawCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Measures the arguments of a call."""
-        if not self._reads_inputs:
-            return
-        self._current = call
-        call.input_args = self._read(args, "input_args", call, 0)
-        if kwargs:
-            call.input_kwargs = {
-                name: self._read_one(value, f"input_kwargs.{name}", call, name)
-                for name, value in kwargs.items()
-            }
+        """Notes that a call starts, to be read before anything is written."""
+        call.is_taken = True
+        call.args = args
+        call.kwargs = kwargs
+        log = self._log
+        log.append(call)
+        if (
+            len(log) >= self._log_limit
+            or not _LASTING.issuperset(map(type, args))
+            or (kwargs and not _LASTING.issuperset(map(type, kwargs.values())))
+        ):
+            self.read_log()
 
-    def read_outputs(
+    def log_outputs(
         self, call: RawCall, result: Any, written: Sequence[torch.Tensor] = ()
     ) -> None:
+        """Notes that a call has ended.
+
+        Args:
+            call: The call.
+            result: What it returned.
+            written: Tensors that it wrote in place.
+        """
+        call.result = result
+        if written:
+            call.written = written
+        log = self._log
+        log.append(call)
+        if len(log) >= self._log_limit or not (
+            type(result) in _LASTING
+            or (type(result) is tuple and _LASTING.issuperset(map(type, result)))
+        ):
+            self.read_log()
+
+    def read_log(self) -> None:
+        """Reads what the calls noted so far hold; never raises."""
+        log = self._log
+        if not log:
+            return
+        self._log = []
+        self._noted += len(log)
+        if not self.is_recording:
+            return
+        was_recording, self.is_recording = self.is_recording, False
+        try:
+            if self.config.has_functions:
+                with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                    self._read_calls(log)
+            else:
+                self._read_calls(log)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.fail(error)
+        else:
+            self.is_recording = was_recording
+
+    def _read_calls(self, log: list[RawCall]) -> None:
+        for call in log:
+            if not call.is_read:
+                call.is_read = True
+                call.phase = self.measurer.phase
+                if self._reads_inputs:
+                    self._read_inputs(call)
+            else:
+                self._read_outputs(call)
+                if self._step is not None:
+                    self._step.calls.append(call)
+        self.measurer.launch()
+
+    def begin_unseen(self) -> None:
+        """A call starts inside which no write is seen: all in it is read at once."""
+        self.read_log()
+        self.unseen += 1
+        self._log_limit = 1
+
+    def end_unseen(self) -> None:
+        """It has ended; any tensor may have been written."""
+        self.unseen -= 1
+        self.measurer.forget()
+        if not self.unseen:
+            self._log_limit = self._most_noted
+
+    def _limit_of(self, tokens: int) -> int:
+        """How many calls are noted before they are read, to bound what they hold."""
+        if not self._is_plain:
+            return 1
+        width = max(self.model_dimensions, default=1)
+        calls = self.config.pending_bytes // (tokens * width * _BYTES_AN_ELEMENT)
+        return int(max(1, min(_MOST_NOTED, calls)))
+
+    def before_write(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Something is about to write these tensors: what was noted is read first."""
+        fresh, noted = self._fresh
+        for tensor in tensors:
+            if tensor is fresh and noted == self._noted + len(self._log):
+                self._undefined.pop(storage_address(tensor), None)
+                continue  # made since the last call was noted: no call can hold it
+            address = storage_address(tensor)
+            if address in self._opaque:
+                continue
+            if self._log:
+                self.read_log()
+            if self._undefined:
+                self._undefined.pop(address, None)
+            if address in self.measurer.seen_storages:
+                self.measurer.forget()
+            if address in self._constants:
+                del self._constants[address]
+                self._measured_constants.clear()
+                self._constant_ids.clear()
+                self._constant_version += 1
+
+    def set_phase(self, phase: Phase) -> None:
+        """Another part of the step begins."""
+        self.read_log()
+        self.measurer.phase = phase
+
+    def _read_inputs(self, call: RawCall) -> None:
+        """Measures the arguments of a call."""
+        self._current = call
+        call.input_args = self._read(call.args, "input_args", call, 0)
+        if call.kwargs:
+            call.input_kwargs = {
+                name: self._read_one(value, f"input_kwargs.{name}", call, name)
+                for name, value in call.kwargs.items()
+            }
+        if call.adjust is not None:
+            call.adjust(call)
+
+    def _read_outputs(self, call: RawCall) -> None:
         """Measures the results of a call and the tensors that it wrote in place."""
         self._current = call
+        result = call.result
         if call.site.is_module and self._undefined:
             self._define(result)
-        if type(result) is not tuple:
-            if isinstance(result, tuple) and hasattr(result, "_asdict"):
-                call.output = describe_value(result, "output", self._current_measure)
-                return
-            result = tuple(result) if isinstance(result, tuple) else (result,)
-        if written:
-            extra = [t for t in written if all(t is not value for value in result)]
-            result = (*result, *extra)
-        call.output = self._read(result, "output", call, 128)
+        if isinstance(result, tuple) and hasattr(result, "_asdict"):
+            call.output = describe_value(result, "output", self._current_measure)
+        else:
+            values = tuple(result) if isinstance(result, tuple) else (result,)
+            if call.written:
+                extra = [t for t in call.written if all(t is not v for v in values)]
+                values = (*values, *extra)
+            call.output = self._read(values, "output", call, 128)
+        if call.module is not None:
+            if result is None:
+                self.read_changed(call, call.args, call.kwargs)
+            call.parameters = self._read_parameters(call, call.module)
+        call.args, call.kwargs, call.result, call.written = (), {}, None, ()
 
     def read_changed(
         self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
@@ -385,6 +542,7 @@ class Collector:
                 continue
             slot = f"output.{len(changed)}"
             after = self._read_one(value, slot, call, 128 + len(changed))
+            self.measurer.launch()
             if isinstance(after, Measured) and checksums(after) != checksums(before):
                 inputs[place] = before._replace(role="undefined")
                 changed.append(after)
@@ -402,12 +560,6 @@ class Collector:
             for item in result.values():
                 self._define(item)
 
-    def finish_call(self, call: RawCall) -> None:
-        """Adds a call that has ended to the step."""
-        call.is_finished = True
-        if self._step is not None:
-            self._step.calls.append(call)
-
     def leave_module(self, call: RawCall) -> None:
         """Takes a module call off the stack, with all calls left open inside it."""
         stack = self._stack
@@ -419,78 +571,101 @@ class Collector:
         """Keeps the call's stack, taken when a call of that name is first made."""
         if self.config.extra_info:
             stacks = call.site.stacks
-            stack = stacks.get(call.slot_base)
+            stack = stacks.get(call.number)
             if stack is None:
-                stack = stacks[call.slot_base] = capture_stack(frame, self._frame_limit)
+                stack = stacks[call.number] = capture_stack(frame, self._frame_limit)
             call.stack = stack
 
-    def read_parameters(self, call: RawCall, module: torch.nn.Module) -> None:
-        """Describes the direct parameters of a module."""
-        self._current = call
-        call.parameters = {
-            name: self._read_one(parameter, f"parameters.{name}", call, name)
-            for name, parameter in module._parameters.items()  # noqa: SLF001 - fast
-            if parameter is not None
-        }
+    def _read_parameters(
+        self, call: RawCall, module: torch.nn.Module
+    ) -> dict[str, Tree]:
+        """Describes the direct parameters of a module, again only when one changed."""
+        parameters = module._parameters  # noqa: SLF001 - fast
+        if not parameters:
+            return {}
+        version: list[Any] = [self._constant_version]
+        for parameter in parameters.values():
+            if parameter is not None:
+                version.append(id(parameter))
+                version.append(_version_of(parameter))
+        site = call.site
+        if site.parameters is None or site.parameters[0] != version:
+            described = {
+                name: self._read_one(parameter, f"parameters.{name}", call, name)
+                for name, parameter in parameters.items()
+                if parameter is not None
+            }
+            if not self._is_plain:
+                return described
+            site.parameters = (version, described)
+        return site.parameters[1]
 
     # Tensors -------------------------------------------------------------------
+
+    def mark_fresh(self, tensor: torch.Tensor) -> None:
+        """Notes a tensor that has just been made."""
+        self._fresh = (tensor, self._noted + len(self._log))
 
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
         self._undefined[storage_address(tensor)] = tensor
-
-    def mark_written(self, tensor: torch.Tensor) -> None:
-        """Notes that a tensor's memory has been written."""
-        address = storage_address(tensor)
-        self._undefined.pop(address, None)
-        if self._constants.pop(address, None) is not None:
-            self._measured_constants.clear()
+        self._fresh = (tensor, self._noted + len(self._log))
 
     def _read(
         self, values: Sequence[Any], side: str, call: RawCall, base: int
     ) -> list[Tree]:
         """Trees of positional values; plain tensors take the short way."""
         nodes: list[Tree] = []
-        refuted, base = call.site.refuted, call.slot_base + base
-        is_plain = self._is_plain and not self._undefined and not call.site.places
-        measure = self.measurer.measure
-        functions = self.config.has_functions
+        site = call.site
+        base += call.number << 8
+        refuted = site.refuted
+        is_plain = self._is_plain and not site.places
+        is_short = is_plain and not self.config.has_functions
+        measurer = self.measurer
         for index, value in enumerate(values):
+            place = base + index
             if value is None:
                 nodes.append(None)
-            elif is_plain and not functions and type(value) is torch.Tensor:
-                if self._opaque and is_suspicious(value):
-                    nodes.append(self._measure_in_slot(value, f"{side}.{index}"))
+            elif is_plain and type(value) in PLAIN_TYPES:
+                known = measurer.seen.get(id(value))
+                if known is not None and known[1].role == "read":
+                    node: Tree = measurer.again(known[1], refuted, place)
+                elif is_short and not (self._opaque and is_suspicious(value)):
+                    node = measurer.measure(value, refuted, place)
                 else:
-                    nodes.append(measure(value, refuted, base + index))
+                    node = self._measure_at(value, f"{side}.{index}", call, place)
+                nodes.append(node or self._measure_at(value, "", call, place))
             else:
-                nodes.append(
-                    self._read_one(value, f"{side}.{index}", call, base + index)
-                )
+                nodes.append(self._read_one(value, f"{side}.{index}", call, place))
         return nodes
 
     def _read_one(self, value: Any, slot: str, call: RawCall, place: Any) -> Tree:
         if isinstance(value, torch.Tensor):
-            return self._measure_at(value, slot, call, (call.slot_base, place))
+            return self._measure_at(value, slot, call, (call.number, place))
         return describe_value(value, slot, self._current_measure)
 
     def _measure_in_slot(self, tensor: torch.Tensor, slot: str) -> Tree:
         """Measures a tensor nested somewhere in the current call's arguments."""
         assert self._current is not None
         call = self._current
-        return self._measure_at(tensor, slot, call, (call.slot_base, slot))
+        return self._measure_at(tensor, slot, call, (call.number, slot))
 
     def _measure_at(
         self, tensor: torch.Tensor, slot: str, call: RawCall, place: Any
     ) -> Tree:
         if not self._measures:
             return self.measurer.describe_only(tensor, "read")
+        known = self._constant_ids.get(id(tensor))
+        if known is not None and known[0] == _version_of(tensor) and self._is_plain:
+            return known[1]
         address = storage_address(tensor)
         if address in self._opaque:
             return self.measurer.describe_only(tensor, "opaque")
         value: Measured | TensorValue
         if address in self._constants:
             value = self._measure_constant(tensor)
+            if known is not None:
+                self._constant_ids[id(tensor)] = (_version_of(tensor), value)
         else:
             role: Role = "undefined" if address in self._undefined else "read"
             value = self.measurer.measure(
@@ -500,10 +675,8 @@ class Collector:
 
     def _measure_constant(self, tensor: torch.Tensor) -> Measured | TensorValue:
         """Parameters and buffers: the same numbers until somebody writes them."""
-        # Inference tensors count no writes; parameters and buffers are none.
-        version = None if tensor.is_inference() else tensor._version  # noqa: SLF001
         form = (tensor.shape, tensor.stride(), tensor.dtype)
-        key = (tensor.data_ptr(), version, *form)
+        key = (tensor.data_ptr(), _version_of(tensor), *form)
         known = self._measured_constants.get(key)
         if known is None:
             phase, self.measurer.phase = self.measurer.phase, "outside"
@@ -531,6 +704,11 @@ class Collector:
         if isinstance(value, Measured):
             return value._replace(**changes)
         return replace(value, **changes)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Torch's count of a tensor's writes; inference tensors count none."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 def checksums(measured: Measured) -> list[int]:

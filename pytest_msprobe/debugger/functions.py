@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from types import FrameType, FunctionType, MethodWrapperType
+from types import (
+    BuiltinFunctionType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
@@ -63,6 +70,12 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
         "ilshift irshift"
     ).split()
 }
+_C_FUNCTIONS = (
+    BuiltinFunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 _OPERATOR_OPCODES = frozenset(
     dis.opmap[name] for name in ("BINARY_OP", "COMPARE_OP") if name in dis.opmap
 )
@@ -89,6 +102,7 @@ class Entry:
         names: Keyword arguments that it writes.
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
         opaque: Positions and names of arguments that hold no numbers.
+        is_python: It may run Python code, whose writes the mode does not see.
     """
 
     action: Action
@@ -98,6 +112,7 @@ class Entry:
     names: tuple[str, ...] = ()
     writes_unmarked: bool = False
     opaque: tuple[int | str, ...] = ()
+    is_python: bool = False
 
 
 def read_op_list(path: Path | None) -> dict[str, list[str]]:
@@ -198,6 +213,7 @@ class FunctionTable:
         self._collector = collector
         self._namespaces = frozenset(namespaces)
         self._entries: dict[Any, Entry] = {}
+        self._known: dict[Any, Entry] = {}
         self._sites: dict[str, CallSite] = {}
         self.unseen: list[tuple[Any, str, Entry]] = []
         for group, names in op_list.items():
@@ -268,9 +284,11 @@ class FunctionTable:
 
     def lookup(self, function: Any) -> Entry:
         """What to do with a function's calls."""
-        entry = self._entries.get(function)
+        entry = self._known.get(function)
         if entry is None:
-            entry = self._entries[function] = self._classify(function)
+            entry = self._entries.get(function) or self._classify(function)
+            entry.is_python = _may_run_python(function)
+            self._known[function] = entry
         return entry
 
     def _classify(self, function: Any) -> Entry:
@@ -320,6 +338,28 @@ def _overloads(function: Any) -> list[Any]:
         return [function]
     found = [getattr(function, name) for name in function.overloads()]
     return [overload for overload in found if hasattr(overload, "_schema")]
+
+
+def _may_run_python(function: Any) -> bool:
+    """Whether a function may run Python code; torch's own C functions do not."""
+    if isinstance(function, torch._ops.OpOverloadPacket | torch._ops.OpOverload):  # noqa: SLF001
+        return any(_has_python_kernel(overload) for overload in _overloads(function))
+    return not isinstance(function, _C_FUNCTIONS)
+
+
+def _has_python_kernel(overload: Any) -> bool:
+    """Whether a kernel of an operator was registered by Python code."""
+    name = overload._schema.name  # noqa: SLF001 - torch has no other access
+    if name.startswith(("aten::", "prim::")):
+        return False
+    if overload._schema.overload_name:  # noqa: SLF001
+        name = f"{name}.{overload._schema.overload_name}"  # noqa: SLF001
+    kernels = torch._C._dispatch_dump(name).splitlines()  # noqa: SLF001 - no other access
+    return any(
+        ".py:" in line or "/dev/null" in line
+        for line in kernels
+        if "registered at" in line and not line.startswith(("debug:", "Meta"))
+    )
 
 
 def _is_in_place(name: str) -> bool:
@@ -388,43 +428,65 @@ class FunctionMode(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         collector = self._collector
-        if type(func) is MethodWrapperType or not collector.is_recording:
+        if not collector.is_recording:
+            return func(*args, **kwargs)
+        if type(func) is MethodWrapperType:
+            if func.__name__ == "__set__":
+                collector.before_write(args[:1])
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
-        if entry.action is Action.PASS and "out" not in kwargs:
-            return func(*args, **kwargs)
-        if entry.action is not Action.RECORD:
-            result = func(*args, **kwargs)
-            note_memory(collector, entry, args, kwargs, result)
-            return result
-        frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
         site = entry.site
+        if site is None and entry.operator_site is None:
+            if entry.action is Action.PASS and not entry.is_python and not kwargs:
+                return func(*args, **kwargs)
+            return call_unrecorded(collector, entry, func, args, kwargs)
+        frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
         if entry.operator_site is not None and self._operators.is_operator(frame):
             site = entry.operator_site
         if site is None:
-            result = func(*args, **kwargs)
-            note_memory(collector, entry, args, kwargs, result)
-            return result
+            return call_unrecorded(collector, entry, func, args, kwargs)
         return record_call(collector, entry, site, func, args, kwargs, frame)
 
 
-def note_memory(
+def call_unrecorded(
     collector: Collector,
     entry: Entry,
+    func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    result: Any,
-) -> None:
-    """Notes what an unrecorded function did to memory."""
+) -> Any:
+    """Calls a function that is not recorded and notes what it does to memory."""
     try:
-        if entry.action is Action.ALLOCATE:
-            if isinstance(result, torch.Tensor) and result.numel():
-                collector.mark_undefined(result)
-        else:
-            for tensor in _written(entry, args, kwargs):
-                collector.mark_written(tensor)
+        written = _written(entry, args, kwargs)
+        if written:
+            collector.before_write(written)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
+    if entry.is_python:
+        return call_unseen(collector, func, args, kwargs)
+    result = func(*args, **kwargs)
+    if entry.action is Action.ALLOCATE and isinstance(result, torch.Tensor):
+        try:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                if result.numel() and kwargs.get("out") is None:
+                    collector.mark_undefined(result)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
+    return result
+
+
+def call_unseen(
+    collector: Collector,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a function that may run Python code, where the mode sees nothing."""
+    collector.begin_unseen()
+    try:
+        return func(*args, **kwargs)
+    finally:
+        collector.end_unseen()
 
 
 def record_call(
@@ -438,42 +500,50 @@ def record_call(
 ) -> Any:
     """Calls a function and records inputs before and outputs after."""
     call: RawCall | None = None
+    written: list[torch.Tensor] = []
     try:
         call = collector.begin_call(site)
-        if collector.selection.enter(call.name, is_module=False):
-            collector.take_stack(call, frame)
-            collector.read_inputs(call, args, kwargs)
-            _set_roles(call, entry)
+        selection = collector.selection
+        if selection.is_trivial or selection.enter(call.name, is_module=False):
+            if collector.config.extra_info:
+                collector.take_stack(call, frame)
+            if entry.opaque or "out" in kwargs:
+                call.adjust = functools.partial(_set_roles, entry=entry)
+            collector.log_inputs(call, args, kwargs)
         else:
-            collector.selection.leave(call.name, is_module=False)
+            selection.leave(call.name, is_module=False)
             call = None
+        if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
+            written = _written(entry, args, kwargs)
+            collector.before_write(written)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
-    result = func(*args, **kwargs)
-    try:
-        written = _written(entry, args, kwargs)
-        for tensor in written:
-            collector.mark_written(tensor)
-        if call is not None and collector.is_recording:
-            collector.read_outputs(call, result, written)
-            collector.finish_call(call)
-            collector.selection.leave(call.name, is_module=False)
-    except Exception as error:  # noqa: BLE001 - never into the model
-        collector.fail(error)
+    if entry.is_python:
+        result = call_unseen(collector, func, args, kwargs)
+    else:
+        result = func(*args, **kwargs)
+    if call is not None and collector.is_recording:
+        try:
+            collector.log_outputs(call, result, written)
+            if not selection.is_trivial:
+                selection.leave(call.name, is_module=False)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
     return result
 
 
-def _set_roles(call: RawCall, entry: Entry) -> None:
+def _set_roles(call: RawCall, *, entry: Entry) -> None:
     """Arguments that hold no numbers, and what `out=` held before, are not judged."""
-    if "out" in call.input_kwargs:
-        call.input_kwargs["out"] = _with_role(call.input_kwargs["out"], "undefined")
+    args, kwargs = call.input_args, call.input_kwargs
+    if "out" in kwargs:
+        kwargs["out"] = _with_role(kwargs["out"], "undefined")
     for place in entry.opaque:
         if isinstance(place, int):
-            if place < len(call.input_args):
-                call.input_args[place] = _with_role(call.input_args[place], "opaque")
-        elif place in call.input_kwargs:
-            call.input_kwargs[place] = _with_role(call.input_kwargs[place], "opaque")
+            if place < len(args):
+                args[place] = _with_role(args[place], "opaque")
+        elif place in kwargs:
+            kwargs[place] = _with_role(kwargs[place], "opaque")
 
 
 def _with_role(value: Tree, role: Role) -> Tree:

@@ -19,15 +19,14 @@ def materialize(step: RawStep) -> StepRecord:
 def _call(call: RawCall, step: RawStep) -> CallRecord:
     return CallRecord(
         call.name,
-        call.key,
+        call.key or call.name,
         call.depth,
-        call.parent,
+        call.parent.name if call.parent is not None else None,
         _tree(call.input_args, step),
         _tree(call.input_kwargs, step),
         _tree(call.output, step),
         _tree(call.parameters, step),
         call.stack,
-        call.is_finished,
         call.phase,
     )
 

@@ -5,6 +5,7 @@ Everything that depends on a tensor's form only is worked out once and kept in a
 a call then costs a lookup and the kernel.
 """
 
+import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ from pytest_msprobe.statistics.select import select_backend
 from pytest_msprobe.statistics.spec import Backend, Span, as_rows, rows_of, whole
 
 _CHUNK_ROWS = 1024
+# Numbers a tensor in the kernel's batch.
+BATCH_WIDTH = 5
 _ROW_BYTES = ROW_WIDTH * 8
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
 # Columns that are copies of another rank's: dumped, never judged.
 COPIES = Piece(PADDING, 0, 0, 0, is_defined=False)
@@ -159,9 +162,16 @@ class Measurer:
         sample_pieces: The same for sample-major tensors.
         measured_rows: Rows measured so far.
         backends: Backend and reason by kind of device.
+        seen: Tensors measured and not written since, by id, with their numbers.
+        seen_storages: First bytes of their storages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held_bytes: int = 0) -> None:
+        """Makes a measurer.
+
+        Args:
+            held_bytes: Of tensors that are kept to be known again.
+        """
         self.phase: Phase = "outside"
         self.padded_tokens = -1
         self.sample_rows = -1
@@ -178,6 +188,13 @@ class Measurer:
         self._large_kernel: Any = None
         self._scratch = 0
         self._large_elements = 0
+        # What the kernel has still to do; the tensors are kept alive by who asked.
+        self._batch = array.array("q")
+        self._batch_elements = 0
+        self.seen: dict[int, tuple[torch.Tensor, Measured]] = {}
+        self.seen_storages: set[int] = set()
+        self._seen_bytes = 0
+        self._held_bytes = held_bytes
 
     def set_layout(
         self, padded_tokens: int, tokens: tuple[Piece, ...], samples: tuple[Piece, ...]
@@ -215,7 +232,7 @@ class Measurer:
         """
         if place is not None:
             return self._measure_placed(tensor, refuted, slot, role, place)
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return self._measure_unusual(tensor, role)
         try:
             key = (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)
@@ -240,19 +257,55 @@ class Measurer:
             self._new_chunk(table.rows)
             first, last = 0, table.rows
         self._used = last
-        kernel = self._kernel
-        if plan.elements >= self._large_elements:
-            kernel = self._large_kernel
-        kernel(
-            table.address,
-            table.spans,
-            self._chunk_address,
-            tensor.data_ptr(),
-            first,
-            self._scratch,
+        address = tensor.data_ptr()
+        self._batch.extend(
+            (table.address, table.spans, self._chunk_address, address, first)
         )
+        self._batch_elements += plan.elements
         self.measured_rows += table.rows
-        return Measured(plan, row_class, self._chunk, first, table.rows, role)
+        measured = Measured(plan, row_class, self._chunk, first, table.rows, role)
+        if self._held_bytes:
+            self._remember(tensor, address, measured)
+        return measured
+
+    def launch(self) -> None:
+        """Measures the tensors of the calls of `measure` since the last launch."""
+        batch = self._batch
+        if not batch:
+            return
+        is_large = self._batch_elements >= self._large_elements
+        kernel = self._large_kernel if is_large else self._kernel
+        kernel(batch.buffer_info()[0], len(batch) // BATCH_WIDTH, self._scratch)
+        del batch[:]
+        self._batch_elements = 0
+
+    def again(self, known: Measured, refuted: set[Any], slot: Any) -> Measured | None:
+        """The numbers of a tensor in `seen`, None if this slot divides it otherwise.
+
+        Args:
+            known: Of the tensor.
+            refuted: As for `measure`.
+            slot: As for `measure`.
+        """
+        if self._classify(known.plan.first, refuted, slot) == known.row_class:
+            return known
+        return None
+
+    def forget(self) -> None:
+        """Tensors are measured again when they are seen again."""
+        if self.seen:
+            self.seen.clear()
+            self.seen_storages.clear()
+            self._seen_bytes = 0
+
+    def _remember(self, tensor: torch.Tensor, address: int, measured: Measured) -> None:
+        plan = measured.plan
+        self._seen_bytes += plan.elements * plan.size
+        if self._seen_bytes > self._held_bytes:
+            self.forget()
+            return
+        self.seen[id(tensor)] = (tensor, measured)
+        self.seen_storages.add(address - int(tensor.storage_offset()) * plan.size)
 
     def _measure_placed(
         self,
@@ -414,8 +467,8 @@ class Measurer:
                 from pytest_msprobe.statistics import cpu
 
                 assert isinstance(known[0], cpu.CpuBackend)
-                self._kernel = cpu.measure_spans
-                self._large_kernel = cpu.measure_large_spans
+                self._kernel = cpu.measure_batch
+                self._large_kernel = cpu.measure_large_batch
                 self._large_elements = cpu.LARGE_ELEMENTS
                 self._scratch = known[0].scratch_address
         return known[0]

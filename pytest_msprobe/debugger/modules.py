@@ -8,14 +8,13 @@ by classes whose `__call__` goes around it (vLLM's support_torch_compile).
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
 
 _MISSING = object()
-_T = TypeVar("_T")
 
 
 def root_models(
@@ -94,7 +93,7 @@ class ModuleWrappers:
             try:
                 return original(*args, **kwargs)
             finally:
-                collector.measurer.phase = "after"
+                collector.set_phase("after")
 
         return forward
 
@@ -112,7 +111,7 @@ class ModuleWrappers:
             except BaseException:
                 hook.abort(entered)
                 raise
-            hook.leave(entered, result, args, kwargs)
+            hook.leave(entered, result)
             return result
 
         return forward
@@ -135,72 +134,51 @@ class _ModuleHook:
                 path.rpartition(".")[0]: f"Module.{path}.{name}.forward."
                 for path in paths
             }
-        self._has_parameters = bool(module._parameters)  # noqa: SLF001 - fast
-        self._enter, self._leave = self._read_inputs, self._read_outputs
-        if collector.config.has_functions:
-            self._enter, self._leave = unobserved(self._enter), unobserved(self._leave)
+        config = collector.config
+        self._keeps_stacks = config.extra_info
+        self._is_selective = not collector.selection.is_trivial
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall | None:
-        """Records the inputs."""
+        """Notes a call with its inputs."""
+        collector = self.collector
         try:
-            return self._enter(args, kwargs)
+            alias = ""
+            if self._aliases:
+                alias = self._aliases.get(running_path(collector), "")
+            call = collector.begin_call(self._site, alias)
+            if self._is_selective and not collector.selection.enter(
+                call.name, is_module=True
+            ):
+                return call
+            if self._keeps_stacks:
+                collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
+            call.module = self._module
+            collector.log_inputs(call, args, kwargs)
         except Exception as error:  # noqa: BLE001 - never into the model
-            self.collector.fail(error)
+            collector.fail(error)
             return None
+        return call
 
-    def leave(
-        self,
-        call: RawCall | None,
-        result: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Records the outputs."""
+    def leave(self, call: RawCall | None, result: Any) -> None:
+        """Notes its outputs."""
         if call is None:
             return
-        self.collector.leave_module(call)
-        if not self.collector.is_recording:
+        collector = self.collector
+        collector.leave_module(call)
+        if not collector.is_recording:
             return
         try:
-            self._leave(call, result, args, kwargs)
+            if call.is_taken:
+                collector.log_outputs(call, result)
+            if self._is_selective:
+                collector.selection.leave(call.name, is_module=True)
         except Exception as error:  # noqa: BLE001 - never into the model
-            self.collector.fail(error)
+            collector.fail(error)
 
     def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
         if call is not None:
             self.collector.leave_module(call)
-
-    def _read_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall:
-        collector = self.collector
-        alias = ""
-        if self._aliases:
-            alias = self._aliases.get(running_path(collector), "")
-        call = collector.begin_call(self._site, alias)
-        if collector.selection.enter(call.name, is_module=True):
-            call.is_taken = True
-            collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
-            collector.read_inputs(call, args, kwargs)
-        return call
-
-    def _read_outputs(
-        self,
-        call: RawCall,
-        result: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        collector = self.collector
-        if call.is_taken:
-            collector.read_outputs(call, result)
-            if result is None:
-                collector.read_changed(call, args, kwargs)
-            if self._has_parameters:
-                collector.read_parameters(call, self._module)
-            else:
-                call.parameters = {}
-            collector.finish_call(call)
-        collector.selection.leave(call.name, is_module=True)
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -220,14 +198,4 @@ def running_path(collector: Collector) -> str:
     if call is None:
         return ""
     # Module.<path>.<Class>.forward.<n>
-    return call.key.removeprefix("Module.").rsplit(".", 3)[0]
-
-
-def unobserved(function: Callable[..., _T]) -> Callable[..., _T]:
-    """The function with torch's function modes switched off while it runs."""
-
-    def run(*args: Any, **kwargs: Any) -> _T:
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 - the documented switch
-            return function(*args, **kwargs)
-
-    return run
+    return (call.key or call.name).removeprefix("Module.").rsplit(".", 3)[0]

@@ -2,6 +2,7 @@
 """One capture in one process: collector, wrappers, function mode and writer."""
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pytest_msprobe.debugger.functions import (
 )
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
+from pytest_msprobe.debugger.writes import WriteBarriers
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
 from pytest_msprobe.errors import CaptureError
@@ -140,6 +142,7 @@ class Recorder:
         )
         self._wrappers: dict[int, ModuleWrappers] = {}
         self._wrapped: WrappedFunctions | None = None
+        self._barriers: WriteBarriers | None = None
 
     @property
     def bytes_written(self) -> int:
@@ -180,6 +183,9 @@ class Recorder:
             self._wrapped = WrappedFunctions(self.collector, table)
             self._wrapped.install()
             self.mode = FunctionMode(self.collector, table)
+        elif self._barriers is None and not self.config.has_functions:
+            self._barriers = WriteBarriers(self.collector)
+            self._barriers.install()
 
     def detach(self) -> None:
         """Takes every wrapper off again."""
@@ -192,6 +198,9 @@ class Recorder:
         if self._wrapped is not None:
             self._wrapped.remove()
         self._wrapped = self.mode = None
+        if self._barriers is not None:
+            self._barriers.remove()
+        self._barriers = None
 
     def begin_step(
         self,
@@ -217,6 +226,7 @@ class Recorder:
             self.collector.fail(self._limit_error(step.step))
         if self._is_deferred:
             self._deferred.append(step)
+            gc.freeze()  # what is kept would be looked through again and again
             self._note_estimate()
             return
         try:

@@ -167,7 +167,7 @@ class Attachment(ABC):
                 return original(*args, **kwargs)
             try:
                 with self.recorder.recording:
-                    self.recorder.collector.measurer.phase = "sample"
+                    self.recorder.collector.set_phase("sample")
                     result = original(*args, **kwargs)
             except BaseException:
                 self._drop()
@@ -183,12 +183,12 @@ class Attachment(ABC):
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
             if not collector.is_recording:
                 return original(*args, **kwargs)
-            measurer = collector.measurer
-            before, measurer.phase = measurer.phase, "logits"
+            before = collector.measurer.phase
+            collector.set_phase("logits")
             try:
                 logits = original(*args, **kwargs)
             finally:
-                measurer.phase = before
+                collector.set_phase(before)
             try:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
                     self.tokens.note_logits(logits, collector.layout)

@@ -70,7 +70,6 @@ class CallRecord:
         output: Results, then tensors that the call wrote in place.
         parameters: Direct parameters of a module, None for an API.
         stack: Frames from the caller outwards, or None.
-        is_finished: False if the call ended with an exception.
         phase: Where in the step it was made.
     """
 
@@ -83,7 +82,6 @@ class CallRecord:
     output: list[Tree] | dict[str, Tree] | None = None
     parameters: dict[str, Tree] | None = None
     stack: tuple[Frame, ...] | None = None
-    is_finished: bool = False
     phase: Phase = "outside"
 
 

@@ -562,6 +562,25 @@ measure_spans = numba.njit(_SIGNATURE, **{**_OPTIONS, "nogil": False})(_measure)
 measure_large_spans = numba.njit(_SIGNATURE, **_OPTIONS)(_measure)
 
 
+BATCH_WIDTH = 5
+
+
+# Many tensors in one call: an array of (n, 5) int64 with table, spans, rows, tensor and
+# first row as above; n; scratch memory.
+def _measure_all(batch: Any, count: Any, scratch: Any) -> None:
+    items = numba.carray(_p_i64(batch), (count, 5))
+    for k in range(count):
+        item = items[k]
+        measure_spans(item[0], item[1], item[2], item[3], item[4], scratch)
+
+
+_BATCH_SIGNATURE = "void(int64, int64, int64)"
+measure_batch = numba.njit(_BATCH_SIGNATURE, **{**_OPTIONS, "nogil": False})(
+    _measure_all
+)
+measure_large_batch = numba.njit(_BATCH_SIGNATURE, **_OPTIONS)(_measure_all)
+
+
 class CpuBackend:
     """Statistics of CPU tensors by the compiled kernel; one thread at a time.
 

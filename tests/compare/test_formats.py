@@ -39,6 +39,7 @@ def lines_of(*steps, dimensions=frozenset()):
         measurer.set_layout(layout.padded_tokens, split_tokens(layout), ())
         measurer.phase = "forward"
         measured = measurer.measure(tensor, refuted, "slot")
+        measurer.launch()
         value = to_value(measured, measurer.token_pieces, ())
         name = "Module.m.M.forward.0"
         call = CallRecord(name, name, 0, None, [value], phase="forward")

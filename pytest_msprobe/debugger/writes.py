@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level L0: calls that write into tensors are met before they do.
+
+No function mode runs at L0, because it would cost more than everything else. Instead
+the functions that can write are replaced for the time of a capture: torch's in-place
+methods, its functions that take `out=`, and the operators whose schemas mark a write
+or that return nothing.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pytest_msprobe.debugger.collector import Collector
+
+_NAMESPACES: tuple[Any, ...] = (
+    torch,
+    torch._C._nn,  # noqa: SLF001 - where torch.nn.functional finds its functions
+    torch.nn.functional,
+    torch.linalg,
+    torch.special,
+    torch.fft,
+)
+_PREFIXES = ("", "linalg_", "special_", "fft_")
+# They end in an underscore and write no elements.
+_HARMLESS = frozenset(("requires_grad_", "share_memory_", "retain_grad_", "rename_"))
+_ALLOCATORS = ("empty", "empty_like", "empty_strided")
+_MISSING = object()
+
+# What a call with these arguments writes.
+_Written = Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]
+_Replaced = tuple[Any, str, _Written]
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """An in-place call writes its first argument."""
+    return [args[0], kwargs.get("out")] if args else list(kwargs.values())
+
+
+def _out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """A call writes what it is given as `out`, if anything."""
+    del args
+    out = kwargs.get("out")
+    if out is None:
+        return []
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def _marked(positions: tuple[int, ...], names: tuple[str, ...]) -> _Written:
+    """An operator writes the arguments that its schemas mark."""
+
+    def written(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        found = [args[i] for i in positions if i < len(args)]
+        found += [kwargs[name] for name in names if name in kwargs]
+        return found
+
+    return written
+
+
+def _all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """An operator that returns nothing and marks nothing may write everything."""
+    return [*args, *kwargs.values()]
+
+
+class WriteBarriers:
+    """Replaces the functions that write and puts them back."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._thread = threading.get_ident()
+
+    def install(self) -> None:
+        """Replaces them."""
+        self._thread = threading.get_ident()
+        for owner, name, written in _writers():
+            self._replace(owner, name, written)
+        for name in _ALLOCATORS:
+            self._note_allocations(torch, name)
+
+    def remove(self) -> None:
+        """Puts the originals back."""
+        for owner, name, original in reversed(self._originals):
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        self._originals.clear()
+
+    def _note_allocations(self, owner: Any, name: str) -> None:
+        """Replaces a function that makes tensors."""
+        original = getattr(owner, name)
+        own = vars(owner).get(name, _MISSING)
+        collector, thread = self._collector, self._thread
+        identify = threading.get_ident
+
+        @functools.wraps(original)
+        def allocate(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if collector.is_recording and identify() == thread and "out" not in kwargs:
+                collector.mark_fresh(result)
+            return result
+
+        self._originals.append((owner, name, own))
+        setattr(owner, name, allocate)
+
+    def _replace(
+        self,
+        owner: Any,
+        name: str,
+        written: _Written,
+    ) -> None:
+        original = getattr(owner, name)
+        own = vars(owner).get(name, _MISSING)
+        collector, thread = self._collector, self._thread
+        identify = threading.get_ident
+
+        @functools.wraps(original)
+        def barrier(*args: Any, **kwargs: Any) -> Any:
+            if collector.is_recording and identify() == thread:
+                found = written(args, kwargs)
+                if found:
+                    collector.before_write(_tensors(found))
+            return original(*args, **kwargs)
+
+        @functools.wraps(original)
+        def out_barrier(*args: Any, **kwargs: Any) -> Any:
+            if "out" in kwargs:
+                return barrier(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        self._originals.append((owner, name, own))
+        setattr(owner, name, out_barrier if written is _out else barrier)
+
+
+def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(list(value))
+
+
+@functools.cache
+def _torch_writers() -> list[_Replaced]:
+    """Functions of torch itself that write."""
+    found: list[_Replaced] = []
+    for name in dir(torch.Tensor):
+        is_augmented = name.startswith("__i") and name.endswith("__")
+        is_in_place = name.endswith("_") and not name.startswith("_")
+        if name in _HARMLESS or not (is_augmented or is_in_place):
+            continue
+        if is_augmented and not hasattr(torch.Tensor, f"__{name[3:]}"):
+            continue  # __init__, __index__, __invert__ and the like
+        found.append((torch.Tensor, name, _first))
+    found.append((torch.Tensor, "__setitem__", _first))
+    with_out = {
+        schema.name.removeprefix("aten::")
+        for schema in torch._C._jit_get_all_schemas()  # noqa: SLF001 - no other access
+        if schema.name.startswith("aten::")
+        and any(argument.name == "out" for argument in schema.arguments)
+    }
+    for owner in _NAMESPACES:
+        for name, function in vars(owner).items():
+            if not callable(function) or isinstance(function, ModuleType | type):
+                continue
+            if name.endswith("_") and not name.startswith("_"):
+                found.append((owner, name, _first))
+            elif name in _ALLOCATORS:
+                continue  # what they are given as out is made anew
+            elif any(prefix + name in with_out for prefix in _PREFIXES):
+                found.append((owner, name, _out))
+    return found
+
+
+def _operators() -> Iterator[_Replaced]:
+    """Operators that were registered by others and write."""
+    packets: dict[str, tuple[set[int], set[str], bool]] = {}
+    for schema in torch._C._jit_get_all_schemas():  # noqa: SLF001 - no other access
+        if schema.name.startswith(("aten::", "prim::", "prims::")):
+            continue
+        positions, names, is_silent = packets.get(schema.name, (set(), set(), True))
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                positions.add(index)
+                names.add(argument.name)
+        is_silent = is_silent and not schema.returns
+        packets[schema.name] = (positions, names, is_silent)
+    for full, (positions, names, is_silent) in packets.items():
+        if not positions and not is_silent:
+            continue
+        written: _Written = _all
+        if positions:
+            written = _marked(tuple(sorted(positions)), tuple(sorted(names)))
+        namespace, name = full.split("::", 1)
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is None:
+            continue
+        yield packet, "_op", written
+        for overload in packet.overloads():
+            yield getattr(packet, overload), "_op", written
+
+
+def _writers() -> Iterator[_Replaced]:
+    yield from _torch_writers()
+    yield from _operators()
