@@ -37,7 +37,7 @@ _UNSUPPORTED = ("load",)
 _UNSUPPORTED_IN_SECTION = ("slice", "request_id", "bench_path", "diff_nums")
 MAX_STEP = 10**6
 DEFAULT_MAX_BYTES = 10 * 2**30
-DEFAULT_PENDING_BYTES = 64 * 2**20
+DEFAULT_PENDING_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class Collector:
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
         self.selection = Selection(config)
-        self.measurer = Measurer(config.pending_bytes if config.measure_once else 0)
+        self.measurer = Measurer(config.pending_bytes, is_once=config.measure_once)
         self.error: BaseException | None = None
         self.is_recording = False
         self.layout: StepLayout | None = None
@@ -263,7 +263,7 @@ class Collector:
     def end_step(self) -> RawStep | None:
         """Closes the step and returns its records, None if none was open."""
         self.read_log()
-        self.measurer.forget()
+        self.measurer.finish_step()
         self._fresh = (None, 0)
         step = self._step
         self._step = None
@@ -284,8 +284,7 @@ class Collector:
 
     def pause(self) -> None:
         """Stops recording, the step stays open."""
-        self.read_log()
-        self.measurer.forget()
+        self.before_any_write()
         self.is_recording = False
 
     def fail(self, error: BaseException) -> None:
@@ -439,7 +438,6 @@ class Collector:
                 self._read_outputs(call)
                 if self._step is not None:
                     self._step.calls.append(call)
-        self.measurer.launch()
 
     def begin_unseen(self) -> None:
         """A call starts inside which no write is seen: all in it is read at once."""
@@ -484,9 +482,14 @@ class Collector:
                 self._constant_ids.clear()
                 self._constant_version += 1
 
+    def before_any_write(self) -> None:
+        """Something is about to write, and nobody knows what."""
+        self.read_log()
+        self.measurer.forget()
+
     def set_phase(self, phase: Phase) -> None:
         """Another part of the step begins."""
-        self.read_log()
+        self.before_any_write()
         self.measurer.phase = phase
 
     def _read_inputs(self, call: RawCall) -> None:
@@ -542,7 +545,7 @@ class Collector:
                 continue
             slot = f"output.{len(changed)}"
             after = self._read_one(value, slot, call, 128 + len(changed))
-            self.measurer.launch()
+            self.measurer.settle()
             if isinstance(after, Measured) and checksums(after) != checksums(before):
                 inputs[place] = before._replace(role="undefined")
                 changed.append(after)

@@ -6,7 +6,8 @@ a call then costs a lookup and the kernel.
 """
 
 import array
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from pytest_msprobe.model.segments import PADDING, Piece, RowClass
 from pytest_msprobe.model.shards import WHOLE_ON_ALL, Shard
 from pytest_msprobe.statistics.select import select_backend
 from pytest_msprobe.statistics.spec import Backend, Span, as_rows, rows_of, whole
+
+if TYPE_CHECKING:
+    from pytest_msprobe.statistics.queue import DeviceQueue
 
 _CHUNK_ROWS = 1024
 # Numbers a tensor in the kernel's batch.
@@ -39,12 +43,14 @@ class Table(NamedTuple):
         address: Of the array.
         spans: n.
         rows: Rows that it fills.
+        prepared: On a GPU, the spans as its queue takes them.
     """
 
     array: npt.NDArray[np.int64]
     address: int
     spans: int
     rows: int
+    prepared: Sequence[Any] = ()
 
 
 class Plan:
@@ -56,7 +62,9 @@ class Plan:
         requires_grad: As in torch.
         first: Size of dimension 0, -1 for a 0-d tensor.
         elements: Number of elements.
-        kind: The CPU kernel's number of the type, -1 where it cannot measure it.
+        kind: The CPU kernel's number of the type, 0 on a GPU, -1 where no kernel can
+            measure it.
+        queue: Of the GPU where it lies, None elsewhere.
         row_stride: Elements from row to row.
         size: Bytes of an element.
         whole: Table for one row over everything.
@@ -69,6 +77,7 @@ class Plan:
         "elements",
         "first",
         "kind",
+        "queue",
         "requires_grad",
         "row_stride",
         "samples",
@@ -86,6 +95,7 @@ class Plan:
         self.elements = tensor.numel()
         self.size = tensor.element_size()
         self.kind = -1
+        self.queue: DeviceQueue | None = None
         self.row_stride = 0
         self.whole: Table | None = None
         self.tokens: Table | None = None
@@ -162,15 +172,16 @@ class Measurer:
         sample_pieces: The same for sample-major tensors.
         measured_rows: Rows measured so far.
         backends: Backend and reason by kind of device.
-        seen: Tensors measured and not written since, by id, with their numbers.
+        seen: Tensors measured, or soon, and not written since, by id.
         seen_storages: First bytes of their storages.
     """
 
-    def __init__(self, held_bytes: int = 0) -> None:
+    def __init__(self, held_bytes: int = 0, *, is_once: bool = True) -> None:
         """Makes a measurer.
 
         Args:
-            held_bytes: Of tensors that are kept to be known again.
+            held_bytes: Of tensors that are kept, to be measured later together.
+            is_once: Whether a tensor seen again keeps its numbers.
         """
         self.phase: Phase = "outside"
         self.padded_tokens = -1
@@ -195,6 +206,8 @@ class Measurer:
         self.seen_storages: set[int] = set()
         self._seen_bytes = 0
         self._held_bytes = held_bytes
+        self._is_once = is_once
+        self._queues: dict[torch.device, DeviceQueue] = {}
 
     def set_layout(
         self, padded_tokens: int, tokens: tuple[Piece, ...], samples: tuple[Piece, ...]
@@ -235,41 +248,53 @@ class Measurer:
         if type(tensor) not in PLAIN_TYPES:
             return self._measure_unusual(tensor, role)
         try:
-            key = (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)
+            key = (
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+                tensor.requires_grad,
+                tensor.device,
+            )
             plan = self._plans.get(key)
         except (RuntimeError, NotImplementedError, TypeError):
             return self._measure_unusual(tensor, role)
         if plan is None:
             plan = self._plans[key] = self._make_plan(tensor)
         row_class = self._classify(plan.first, refuted, slot)
-        if plan.kind < 0 or not tensor.is_cpu or tensor.is_neg():
+        if plan.kind < 0 or tensor.is_neg():
             return self._measure_slowly(tensor, plan, row_class, role)
         if row_class == "neither":
             table = plan.whole
         else:
             table = plan.tokens if row_class == "token" else plan.samples
             if table is None:
-                table = self._add_layout_table(plan, row_class)
+                table = self._add_layout_table(tensor.dtype, plan, row_class)
         assert table is not None
+        address = tensor.data_ptr()
+        self.measured_rows += table.rows
+        if plan.queue is not None:
+            chunk, first = plan.queue.add(address, table.prepared)
+            measured = Measured(plan, row_class, chunk, first, table.rows, role)
+            self._remember(tensor, address, measured)
+            return measured
         first = self._used
         last = first + table.rows
         if last > len(self._chunk):
             self._new_chunk(table.rows)
             first, last = 0, table.rows
         self._used = last
-        address = tensor.data_ptr()
         self._batch.extend(
             (table.address, table.spans, self._chunk_address, address, first)
         )
         self._batch_elements += plan.elements
-        self.measured_rows += table.rows
         measured = Measured(plan, row_class, self._chunk, first, table.rows, role)
-        if self._held_bytes:
-            self._remember(tensor, address, measured)
+        self._remember(tensor, address, measured)
         return measured
 
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""
+        for queue in self._queues.values():
+            queue.launch()
         batch = self._batch
         if not batch:
             return
@@ -278,6 +303,18 @@ class Measurer:
         kernel(batch.buffer_info()[0], len(batch) // BATCH_WIDTH, self._scratch)
         del batch[:]
         self._batch_elements = 0
+
+    def finish_step(self) -> None:
+        """A step has ended: its rows are on their way home."""
+        self.forget()
+        for queue in self._queues.values():
+            queue.finish()
+
+    def settle(self) -> None:
+        """Waits until all rows can be read."""
+        self.launch()
+        for queue in self._queues.values():
+            queue.settle()
 
     def again(self, known: Measured, refuted: set[Any], slot: Any) -> Measured | None:
         """The numbers of a tensor in `seen`, None if this slot divides it otherwise.
@@ -292,7 +329,8 @@ class Measurer:
         return None
 
     def forget(self) -> None:
-        """Tensors are measured again when they are seen again."""
+        """Tensors are measured now, and again when they are seen again."""
+        self.launch()
         if self.seen:
             self.seen.clear()
             self.seen_storages.clear()
@@ -304,7 +342,8 @@ class Measurer:
         if self._seen_bytes > self._held_bytes:
             self.forget()
             return
-        self.seen[id(tensor)] = (tensor, measured)
+        key = id(tensor) if self._is_once else -len(self.seen)
+        self.seen[key] = (tensor, measured)
         self.seen_storages.add(address - int(tensor.storage_offset()) * plan.size)
 
     def _measure_placed(
@@ -388,22 +427,42 @@ class Measurer:
     def _make_plan(self, tensor: torch.Tensor) -> Plan:
         plan = Plan(tensor)
         is_plain = tensor.layout is torch.strided and not tensor.is_quantized
-        if not tensor.is_cpu or tensor.is_meta or not is_plain or not plan.elements:
+        if tensor.is_meta or not is_plain or not plan.elements:
             return plan
-        backend = self.backend("cpu")
-        if backend.name != "cpu":
-            return plan
-        from pytest_msprobe.statistics import cpu
-
         layout = as_rows(plan.shape, tensor.stride())
-        kind = cpu.KINDS.get(tensor.dtype)
-        if layout is None or kind is None:
+        name = self.backend(tensor.device.type).name
+        if layout is None or name == "reference":
             return plan
-        plan.kind, plan.row_stride = kind, layout[1]
-        plan.whole = self._table(plan, [[whole(plan.shape)]])
+        plan.row_stride = layout[1]
+        if name == "cpu":
+            from pytest_msprobe.statistics import cpu
+
+            plan.kind = cpu.KINDS.get(tensor.dtype, -1)
+        else:
+            plan.queue = self._queue(tensor)
+            plan.kind = -1 if plan.queue is None else 0
+        if plan.kind >= 0:
+            plan.whole = self._table(tensor.dtype, plan, [[whole(plan.shape)]])
         return plan
 
-    def _table(self, plan: Plan, parts: list[list[Span]]) -> Table:
+    def _queue(self, tensor: torch.Tensor) -> "DeviceQueue | None":
+        from pytest_msprobe.statistics import cuda
+        from pytest_msprobe.statistics.queue import DeviceQueue
+
+        if not cuda.knows(tensor.dtype):
+            return None
+        queue = self._queues.get(tensor.device)
+        if queue is None:
+            queue = self._queues[tensor.device] = DeviceQueue(tensor.device)
+        return queue
+
+    def _table(self, dtype: torch.dtype, plan: Plan, parts: list[list[Span]]) -> Table:
+        if plan.queue is not None:
+            from pytest_msprobe.statistics.queue import prepare
+
+            spans = [span for part in parts for span in part]
+            prepared = prepare(dtype, spans, plan.row_stride, plan.size)
+            return Table(np.empty((0, 8), np.int64), 0, 0, len(parts), prepared)
         from pytest_msprobe.statistics import cpu
 
         array = cpu.build_table(parts, plan.row_stride, plan.size, plan.kind)
@@ -412,10 +471,13 @@ class Measurer:
     def _pieces(self, row_class: RowClass) -> tuple[Piece, ...]:
         return self.token_pieces if row_class == "token" else self.sample_pieces
 
-    def _add_layout_table(self, plan: Plan, row_class: RowClass) -> Table:
+    def _add_layout_table(
+        self, dtype: torch.dtype, plan: Plan, row_class: RowClass
+    ) -> Table:
         if plan.tokens is None and plan.samples is None:
             self._layout_plans.append(plan)
-        table = self._table(plan, _parts(plan.shape, self._pieces(row_class)))
+        parts = _parts(plan.shape, self._pieces(row_class))
+        table = self._table(dtype, plan, parts)
         if row_class == "token":
             plan.tokens = table
         else:

@@ -24,7 +24,7 @@ from pytest_msprobe.debugger.functions import (
 )
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
-from pytest_msprobe.debugger.writes import WriteBarriers
+from pytest_msprobe.debugger.writes import TritonWatch, WriteBarriers
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
 from pytest_msprobe.errors import CaptureError
@@ -143,6 +143,7 @@ class Recorder:
         self._wrappers: dict[int, ModuleWrappers] = {}
         self._wrapped: WrappedFunctions | None = None
         self._barriers: WriteBarriers | None = None
+        self._watch: TritonWatch | None = None
 
     @property
     def bytes_written(self) -> int:
@@ -173,6 +174,9 @@ class Recorder:
                 self.collector.add_constants(root.parameters())
                 self.collector.add_constants(root.buffers())
             wrappers.install(has_modules=self.config.has_modules)
+        if self._watch is None:
+            self._watch = TritonWatch(self.collector)
+            self._watch.install()
         if self.config.has_functions and self._wrapped is None:
             path = self.config.support_wrap_ops
             table = FunctionTable(
@@ -200,7 +204,9 @@ class Recorder:
         self._wrapped = self.mode = None
         if self._barriers is not None:
             self._barriers.remove()
-        self._barriers = None
+        if self._watch is not None:
+            self._watch.remove()
+        self._barriers = self._watch = None
 
     def begin_step(
         self,
@@ -229,6 +235,7 @@ class Recorder:
             gc.freeze()  # what is kept would be looked through again and again
             self._note_estimate()
             return
+        self.collector.measurer.settle()
         try:
             if self.config.async_dump:
                 self._writer.write(partial(self._make, step))
@@ -277,6 +284,7 @@ class Recorder:
             CaptureError: Recording or writing failed.
         """
         self.detach()
+        self.collector.measurer.settle()
         deferred, self._deferred = self._deferred, []
         try:
             for step in deferred:

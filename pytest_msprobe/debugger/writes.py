@@ -8,6 +8,7 @@ or that return nothing.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -208,3 +209,32 @@ def _operators() -> Iterator[_Replaced]:
 def _writers() -> Iterator[_Replaced]:
     yield from _torch_writers()
     yield from _operators()
+
+
+class TritonWatch:
+    """Meets launches of Triton kernels, which may write anything, at every level."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._thread = threading.get_ident()
+        self._hooks: Any = None
+
+    def install(self) -> None:
+        """Watches from now on, where Triton is in use."""
+        knobs = sys.modules.get("triton.knobs")
+        runtime = getattr(knobs, "runtime", None)
+        hooks: Any = getattr(runtime, "launch_enter_hook", None)
+        if hasattr(hooks, "add") and hasattr(hooks, "remove"):
+            self._hooks = hooks
+            hooks.add(self._launch)
+
+    def remove(self) -> None:
+        """Watches no more."""
+        if self._hooks is not None:
+            self._hooks.remove(self._launch)
+            self._hooks = None
+
+    def _launch(self, *_metadata: Any) -> None:
+        collector = self._collector
+        if collector.is_recording and threading.get_ident() == self._thread:
+            collector.before_any_write()

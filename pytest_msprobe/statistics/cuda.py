@@ -11,6 +11,7 @@ and checksum need no exchange between lanes. The second adds the partial sums of
 up, always in the same order: equal inputs give equal bits.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,18 @@ _TILE = 8
 _STEPS = 48
 # Tensors below so many blocks have a program for each tile.
 _FEW_UNITS = 4096
+# Spans below so many have one program, whose result is no partial one.
+_ONE_PROGRAM_UNITS = 256
 # Bytes of the types of which two are read as one word.
 _PAIR_BYTES = 2
 # Indices below this are in blocks whose numbers have 31 bits.
 _LINE_END = 2**37 - 128
 # Partial rows that one program adds up.
 _GROUP = 32
+# Numbers of an entry of the table: address, rows, columns, bytes from row to row, first
+# index, index step from row to row, row of the result.
+ENTRY_WIDTH = 7
+_ENTRY = tl.constexpr(ENTRY_WIDTH)
 _SEED = tl.constexpr(SEED)
 _PARTIAL = tl.constexpr(_WIDTH)
 _ROW = tl.constexpr(records.ROW_WIDTH)
@@ -80,13 +87,13 @@ def _mix(h):
 
 @triton.jit
 def _measure_kernel(
-    address,
-    table,
+    table_address,
     factors,
     floats,
     integers,
     programs,
     width,
+    to_slots: tl.constexpr,
     is_again: tl.constexpr,
     bits_type: tl.constexpr,
     size: tl.constexpr,
@@ -94,14 +101,17 @@ def _measure_kernel(
     tile: tl.constexpr,
 ):
     program, span = tl.program_id(0), tl.program_id(1)
-    entry = table + span * 6
-    offset, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
+    address, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
     index_stride = tl.load(entry + 5)
+    row_out = (span * programs + program).to(tl.int64) * width
+    if to_slots:
+        row_out = tl.load(entry + 6) * width
     blocks = (columns + 126) // 64  # of a row, wherever in a block it begins
     units = rows * blocks
     if is_again:
-        done = tl.load(floats + (span * programs + program).to(tl.int64) * width + 3)
+        done = tl.load(floats + row_out + _SQUARES)
         # Nothing to do where the row has a finite sum of squares.
         units = tl.where(done < float("inf"), 0, units)
 
@@ -140,7 +150,7 @@ def _measure_kernel(
         left = tl.where(unit < units, left, 0)
         skip = tl.where(block == 0, lane, 0)
         valid = (c >= skip[:, None]) & (c < left[:, None])
-        origin = address + offset + row * row_bytes + (block * 64 - lane) * size
+        origin = address + row * row_bytes + (block * 64 - lane) * size
         place = origin[:, None] + c * size
         bits = tl.load(place.to(tl.pointer_type(bits_type)), mask=valid, other=0)
 
@@ -183,7 +193,6 @@ def _measure_kernel(
 
     if is_again and units == 0:
         return
-    row_out = (span * programs + program).to(tl.int64) * width
     # The word that a bucket's elements are added to, by bucket.
     low = tl.load(factors + (p * size) // 4)
     words = tl.sum(tl.sum(checksum, axis=0) * low)
@@ -226,13 +235,13 @@ def _measure_kernel(
 
 @triton.jit
 def _pairs_kernel(
-    address,
-    table,
+    table_address,
     factors,
     floats,
     integers,
     programs,
     width,
+    to_slots: tl.constexpr,
     is_line: tl.constexpr,
     float_type: tl.constexpr,
     tile: tl.constexpr,
@@ -243,10 +252,13 @@ def _pairs_kernel(
     row is no result, and the other kernel does it again.
     """
     program, span = tl.program_id(0), tl.program_id(1)
-    entry = table + span * 6
-    offset, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
+    address, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
     index_stride = tl.load(entry + 5)
+    row_out = (span * programs + program).to(tl.int64) * width
+    if to_slots:
+        row_out = tl.load(entry + 6) * width
     blocks = (columns + 126) // 64
     units = rows * blocks
 
@@ -276,7 +288,7 @@ def _pairs_kernel(
             first = unit.to(tl.int64) * 64
             left = tl.minimum(end - first, 64).to(tl.int32)
             skip = tl.where(unit == 0, lane_0, 0)
-            origin = address + offset + (first - lane_0) * 2
+            origin = address + (first - lane_0) * 2
         else:
             row = unit // blocks
             block = unit - row * blocks
@@ -289,7 +301,7 @@ def _pairs_kernel(
             )
             left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
             skip = tl.where(block == 0, lane, 0)
-            origin = address + offset + row * row_bytes + (block * 64 - lane) * 2
+            origin = address + row * row_bytes + (block * 64 - lane) * 2
         left = tl.where(unit < units, left, 0)
         rotation = (base >> 26).to(tl.int32)
         place = q[None, :] ^ (rotation >> 1)[:, None]
@@ -344,7 +356,6 @@ def _pairs_kernel(
             minimum = tl.minimum(minimum, tl.where(has_high, high, float("inf")))
         start += programs * tile
 
-    row_out = (span * programs + program).to(tl.int64) * width
     words = tl.sum(tl.sum(checksum, axis=0) * tl.load(factors + q))
     tl.store(integers + row_out + _CHECKSUM, words)
     count = tl.where(program == 0, rows * columns, 0)
@@ -367,12 +378,14 @@ def _pairs_kernel(
 
 @triton.jit
 def _combine_kernel(
+    table_address,
     floats,
     integers,
     out_floats,
     out_integers,
     programs,
     out_width,
+    to_slots: tl.constexpr,
     is_float: tl.constexpr,
     group: tl.constexpr,
 ):
@@ -386,6 +399,9 @@ def _combine_kernel(
     values = tl.load(floats + place, mask=inside, other=0.0)
     bits = tl.load(integers + place, mask=inside, other=0)
     out = (span * parts + part).to(tl.int64) * out_width
+    if to_slots:
+        entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
+        out = tl.load(entry + 6) * out_width
     is_sum = (column == _TOTAL) | (column == _SQUARES) | (column >= _SKETCH)
     is_sum = is_sum & (column < _ROW)
     is_count = (column >= _NAN) & (column <= _CHECKSUM)
@@ -411,7 +427,6 @@ class CudaBackend:
 
     def __init__(self) -> None:
         self._reference = ReferenceBackend()
-        self._factors: dict[torch.device, torch.Tensor] = {}
 
     def measure(
         self, tensor: torch.Tensor, parts: Sequence[Sequence[Span]], rows: records.Row
@@ -422,116 +437,125 @@ class CudaBackend:
         if kind is None or not spans:
             self._reference.measure(tensor, parts, rows)
             return
-        found = self.launch(tensor.detach(), spans).cpu().numpy()
-        _add_parts(found, parts, rows, is_float=kind[2] is not None)
-
-    def launch(self, tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        """Starts the kernels for some spans of a tensor, without waiting for them.
-
-        Args:
-            tensor: On the GPU, a dtype that the kernel knows.
-            spans: None of them empty.
-
-        Returns:
-            (spans, 73) float64 on the GPU.
-        """
-        bits_type, size, float_type = _KINDS[tensor.dtype]
+        tensor = tensor.detach()
         if tensor.is_neg() or as_rows(tensor.shape, tensor.stride()) is None:
             tensor = tensor.resolve_neg().contiguous()
         layout = as_rows(tensor.shape, tensor.stride())
         assert layout is not None
-        table_rows = [_entry(span, layout[1], size) for span in spans]
-        device = tensor.device
-        table = torch.tensor(table_rows, dtype=torch.int64).to(
-            device, non_blocking=True
+        entries = [
+            (tensor.data_ptr() + offset, *rest, slot)
+            for slot, span in enumerate(spans)
+            for offset, *rest in (entry_of(span, layout[1], tensor.element_size()),)
+        ]
+        found = torch.empty(
+            (len(spans), records.ROW_WIDTH), dtype=torch.float64, device=tensor.device
         )
-        units = max(span.rows * ((span.columns + 126) // 64) for span in spans)
-        programs = -(-units // (_TILE * (1 if units <= _FEW_UNITS else _STEPS)))
-        is_float = float_type is not None
-        width = _WIDTH if programs > 1 else records.ROW_WIDTH
-        rows = _empty(len(spans) * programs, width, device)
-        is_again = False
-        if size == _PAIR_BYTES and is_float and units > _FEW_UNITS:
-            is_again = _has_whole_words(tensor.data_ptr(), table_rows)
-        if is_again:
-            _pairs_kernel[(programs, len(spans))](
-                tensor.data_ptr(),
-                table,
-                self._word_factors(device),
-                rows,
-                rows.view(torch.int64),
-                programs,
-                width,
-                _is_line(table_rows),
-                float_type,
-                _TILE,
-                num_warps=2,
-            )
-        _measure_kernel[(programs, len(spans))](
-            tensor.data_ptr(),
-            table,
-            self._word_factors(device),
+        table = torch.tensor(entries, dtype=torch.int64).to(tensor.device)
+        run_kernels(entries, table.data_ptr(), tensor.dtype, found)
+        _add_parts(found.cpu().numpy(), parts, rows, is_float=kind[2] is not None)
+
+
+def run_kernels(
+    entries: Sequence[Sequence[int]],
+    table_address: int,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> None:
+    """Starts the kernels for spans of tensors of one dtype, without waiting for them.
+
+    Args:
+        entries: One a span, `ENTRY_WIDTH` numbers each; none is empty.
+        table_address: Of the same numbers (int64) where the GPU reads them, which they
+            must not leave before the kernels have ended.
+        dtype: Of the elements; one that `knows` knows.
+        out: (slots, 73) float64 on the GPU.
+    """
+    bits_type, size, float_type = _KINDS[dtype]
+    units = max(entry[1] * ((entry[2] + 126) // 64) for entry in entries)
+    programs = -(-units // (_TILE * (1 if units <= _FEW_UNITS else _STEPS)))
+    if units <= _ONE_PROGRAM_UNITS:
+        programs = 1
+    is_float = float_type is not None
+    spans, device = len(entries), out.device
+    width = records.ROW_WIDTH if programs == 1 else _WIDTH
+    rows = out if programs == 1 else _empty(spans * programs, width, device)
+    arguments = (
+        table_address,
+        _word_factors(device),
+        rows,
+        rows.view(torch.int64),
+        programs,
+        width,
+        programs == 1,
+    )
+    is_again = False
+    if size == _PAIR_BYTES and is_float and units > _FEW_UNITS:
+        is_again = _has_whole_words(entries)
+    if is_again:
+        _pairs_kernel[(programs, spans)](
+            *arguments, _is_line(entries), float_type, _TILE, num_warps=2
+        )
+    _measure_kernel[(programs, spans)](
+        *arguments, is_again, bits_type, size, float_type, _TILE, num_warps=2
+    )
+    while programs > 1:
+        groups = -(-programs // _GROUP)
+        is_last = groups == 1
+        width = records.ROW_WIDTH if is_last else _WIDTH
+        target = out if is_last else _empty(spans * groups, width, device)
+        _combine_kernel[(groups, spans)](
+            table_address,
             rows,
             rows.view(torch.int64),
+            target,
+            target.view(torch.int64),
             programs,
             width,
-            is_again,
-            bits_type,
-            size,
-            float_type,
-            _TILE,
-            num_warps=2,
+            is_last,
+            is_float,
+            _GROUP,
+            num_warps=4,
         )
-        while programs > 1:
-            groups = -(-programs // _GROUP)
-            width = _WIDTH if groups > 1 else records.ROW_WIDTH
-            out = _empty(len(spans) * groups, width, device)
-            _combine_kernel[(groups, len(spans))](
-                rows,
-                rows.view(torch.int64),
-                out,
-                out.view(torch.int64),
-                programs,
-                width,
-                is_float,
-                _GROUP,
-                num_warps=4,
-            )
-            rows, programs = out, groups
-        return rows
-
-    def _word_factors(self, device: torch.device) -> torch.Tensor:
-        known = self._factors.get(device)
-        if known is None:
-            factors = torch.from_numpy(word_factors().view(np.int64))
-            known = self._factors[device] = factors.to(device)
-        return known
+        rows, programs = target, groups
 
 
-def _has_whole_words(address: int, table: list[tuple[int, ...]]) -> bool:
+def knows(dtype: torch.dtype) -> bool:
+    """Whether the kernels measure elements of a dtype."""
+    return dtype in _KINDS
+
+
+@functools.cache
+def _word_factors(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(word_factors().view(np.int64)).to(device)
+
+
+def _has_whole_words(entries: Sequence[Sequence[int]]) -> bool:
     """Whether elements with even index lie at multiples of 4 bytes in every row."""
-    for offset, rows, _, row_bytes, first_index, index_stride in table:
-        if ((address + offset) // 2 - first_index) % 2:
+    for address, rows, _, row_bytes, first_index, index_stride, _ in entries:
+        if (address // 2 - first_index) % 2:
             return False
         if rows > 1 and (row_bytes % 4 or index_stride % 2):
             return False
     return True
 
 
-def _is_line(table: list[tuple[int, ...]]) -> bool:
+def _is_line(entries: Sequence[Sequence[int]]) -> bool:
     """Whether every span is one row whose blocks are numbered in 31 bits."""
-    return all(
-        rows == 1 and first_index + columns < _LINE_END
-        for _, rows, columns, _, first_index, _ in table
-    )
+    return all(entry[1] == 1 and entry[4] + entry[2] < _LINE_END for entry in entries)
 
 
 def _empty(rows: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.empty((rows, width), dtype=torch.float64, device=device)
 
 
-def _entry(span: Span, row_stride: int, size: int) -> tuple[int, ...]:
-    """Offset, rows, columns, bytes a row, first index, index stride of a span."""
+def entry_of(span: Span, row_stride: int, size: int) -> tuple[int, ...]:
+    """An entry without its slot: offset, rows, columns, bytes a row, indices.
+
+    Args:
+        span: Of a tensor.
+        row_stride: Elements from row to row of the tensor.
+        size: Bytes of an element.
+    """
     offset = (span.first_row * row_stride + span.first_column) * size
     return offset, *collapse(span, row_stride, size)
 

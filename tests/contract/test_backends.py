@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every statistics backend against the definition in float64 and plain Python."""
 
+import os
+
 import numpy as np
 import plain_formats
 import pytest
@@ -16,15 +18,19 @@ from pytest_msprobe.model.records import (
     read_numbers,
 )
 from pytest_msprobe.statistics.reference import ReferenceBackend
-from pytest_msprobe.statistics.spec import Span, rows_of, whole
+from pytest_msprobe.statistics.spec import Span, as_rows, rows_of, whole
 
 BACKENDS = {"reference": ReferenceBackend()}
 if has_module("numba"):
     from pytest_msprobe.statistics.cpu import CpuBackend
 
     BACKENDS["cpu"] = CpuBackend()
-if torch.cuda.is_available():
+# Triton can run its kernels on the CPU, slowly, where there is no GPU.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+if torch.cuda.is_available() or IS_INTERPRETED:
     from pytest_msprobe.statistics.cuda import CudaBackend
+    from pytest_msprobe.statistics.queue import DeviceQueue, prepare
 
     BACKENDS["cuda"] = CudaBackend()
 FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -67,7 +73,7 @@ def numbers_of(backend, tensor, parts):
     """Numbers of each part."""
     rows = np.full((len(parts), ROW_WIDTH), np.nan)
     # Copied with its strides: views stay views.
-    device = "cuda" if backend.name == "cuda" else "cpu"
+    device = DEVICE if backend.name == "cuda" else "cpu"
     backend.measure(on_device(tensor, device), parts, rows)
     return [read_numbers(row, str(tensor.dtype)) for row in rows]
 
@@ -209,13 +215,17 @@ def test_column_shards_add_up(backend):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int64"])
 def test_backends_agree(dtype):
-    """The compiled backend gives the reference's numbers on a large tensor."""
+    """The compiled backends give the reference's numbers on a large tensor."""
     tensor = make_tensor(dtype, (300, 1000), 7)
     parts = [[rows_of(tensor.shape, 0, 1, 0)], [rows_of(tensor.shape, 1, 299, 1)]]
 
     found = {name: numbers_of(b, tensor, parts) for name, b in BACKENDS.items()}
 
-    for a, b in zip(*found.values(), strict=True):
+    expected = found.pop("reference")
+    pairs = [
+        (a, b) for rows in found.values() for a, b in zip(rows, expected, strict=True)
+    ]
+    for a, b in pairs:
         assert a.checksum == b.checksum
         assert (a.maximum, a.minimum) == (b.maximum, b.minimum)
         if a.sketch is not None:
@@ -264,10 +274,48 @@ def test_negative_bit_is_resolved(backend):
 @each_backend
 def test_row_is_overwritten(backend):
     """What stood in a row before does not get into the numbers."""
-    device = "cuda" if backend.name == "cuda" else "cpu"
+    device = DEVICE if backend.name == "cuda" else "cpu"
     tensor = make_tensor("float32", (3, 10), 2).to(device)
     rows = np.full((1, ROW_WIDTH), 7.0)
 
     backend.measure(tensor, [[whole(tensor.shape)]], rows)
 
     assert rows.view(np.int64)[0, COUNT] == 30
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA device here")
+def test_queue_measures_many_tensors_together():
+    """Rows of a queue are those of single measurements, over several steps."""
+    queue = DeviceQueue(torch.device(DEVICE))
+    shapes = [(1, 5), (3, 70), (40, 900), (2, 64), (7,)]
+    expected, found = [], []
+    for step in range(5):
+        for number, dtype in enumerate(("bfloat16", "float32", "int64", "bool")):
+            held = []
+            for shape in shapes:
+                tensor = on_device(
+                    make_tensor(dtype, shape, 10 * step + number), DEVICE
+                )
+                spans = [whole(tensor.shape)]
+                if tensor.ndim > 1 and len(tensor) > 1:
+                    rest = len(tensor) - 1
+                    spans = [rows_of(shape, 0, 1, 0), rows_of(shape, 1, rest, 1)]
+                layout = as_rows(tensor.shape, tensor.stride())
+                size = tensor.element_size()
+                prepared = prepare(tensor.dtype, spans, layout[1], size)
+                found.append((*queue.add(tensor.data_ptr(), prepared), len(spans)))
+                rows = np.zeros((len(spans), ROW_WIDTH))
+                ReferenceBackend().measure(tensor, [[span] for span in spans], rows)
+                expected.append((rows, str(tensor.dtype)))
+                held.append(tensor)
+            queue.launch()
+        queue.finish()
+    queue.settle()
+
+    for (home, first, count), (rows, dtype) in zip(found, expected, strict=True):
+        for row, wanted in zip(home[first : first + count], rows, strict=True):
+            a, b = read_numbers(row, dtype), read_numbers(wanted, dtype)
+            assert (a.checksum, a.count) == (b.checksum, b.count)
+            assert (a.maximum, a.minimum) == (b.maximum, b.minimum)
+            if b.sketch is not None:
+                assert a.sketch == pytest.approx(b.sketch, rel=1e-4, abs=1e-2)

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from pytest_msprobe.statistics.cuda import _entry, _has_whole_words
+from pytest_msprobe.statistics.cuda import _has_whole_words, entry_of
 from pytest_msprobe.statistics.spec import Span
 
 
@@ -25,4 +25,5 @@ def test_words_are_read_only_where_even_indices_are_aligned(
     address, span, row_stride, expected
 ):
     """Two elements make a word if the even one lies at a multiple of 4 bytes."""
-    assert _has_whole_words(address, [_entry(span, row_stride, 2)]) is expected
+    offset, *rest = entry_of(span, row_stride, 2)
+    assert _has_whole_words([(address + offset, *rest, 0)]) is expected
