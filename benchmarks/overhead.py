@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a capture costs: decode steps with and without one, side by side in one process.
+"""What a capture costs: steps of a real engine with and without one, side by side.
 
-    python benchmarks/overhead.py [--model DIR] [--rounds N] [--save FILE]
+    python benchmarks/overhead.py [--model DIR | --shape NAME] [--rounds N]
+        [--msprobe PYTHON] [--save FILE]
 
-Variants alternate within a process, so that a slow spell of the machine hits all of
-them; the figures are medians over the rounds and ratios to the same engine without a
-capture. Writing the files happens when a capture ends and is shown apart.
+Every tool has a process and an engine of its own; they take turns, so that a slow spell
+of the machine hits all of them. Figures are medians over the rounds, and ratios to the
+engine that has no tool installed. Writing files happens when a capture ends and is not
+in them, for msProbe as little as it allows: it writes while the model runs.
+With --msprobe, the real tool (mindstudio-probe, in the Python given) runs as well, put
+around execute_model as its guide for vLLM says.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,22 +32,119 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "MSPROBE_ATTACH": "1",
+    "MSPROBE_LOG_LEVEL": "4",
 }
-LEVELS = ("L0", "L1", "mix")
+OURS = {
+    "L0": {"level": "L0"},
+    "L0, each tensor at once": {"level": "L0", "pending_bytes": 0},
+    "L0, md5": {"level": "L0", "summary_mode": "md5"},
+    "L1": {"level": "L1"},
+    "mix": {"level": "mix"},
+    "mix, md5": {"level": "mix", "summary_mode": "md5"},
+}
+SHAPES = {
+    "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    "llama-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+}
 SHORT, LONG = 1, 33
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / ".demo" / "tiny-qwen2"))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shape", choices=SHAPES, help="dummy weights of this shape")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--prefill", type=int, default=3000, help="tokens, 0 for none")
+    parser.add_argument("--variants", nargs="*", choices=OURS, default=list(OURS))
+    parser.add_argument("--memory", type=float, default=0.2, help="share of the GPU")
+    parser.add_argument("--msprobe", help="python of an environment that has msProbe")
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+# A process with an engine -------------------------------------------------------------
+
+
+def start_engine(arguments):
+    import torch
+    from vllm import LLM
+
+    options = {"model": arguments.model, "max_model_len": arguments.prefill + 128}
+    if arguments.shape:
+        folder = tempfile.mkdtemp()
+        text = json.dumps(SHAPES[arguments.shape])
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        options.update(model=folder, load_format="dummy", skip_tokenizer_init=True)
+    else:  # the demo model has fewer positions; what it says does not matter here
+        options["hf_overrides"] = {"max_position_embeddings": 8192}
+    if torch.cuda.is_available():
+        options["gpu_memory_utilization"] = arguments.memory
+    return LLM(
+        enforce_eager=True,
+        max_num_seqs=max(arguments.batches),
+        max_num_batched_tokens=arguments.prefill + 128,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+
+
+def generation_s(llm, tokens, *, batch=1, prompt=16):
+    """Seconds of one greedy generation of a fixed length."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
+    )
+    ids = [20 + i % 200 for i in range(prompt)]
+    prompts = [{"prompt_token_ids": [n + 1, *ids]} for n in range(batch)]
+    start = time.perf_counter()
+    llm.generate(prompts, parameters, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def milliseconds(llm, what, number):
+    """Milliseconds of one step: a decode step of a batch, or a prefill."""
+    if what == "prefill":
+        generation_s(llm, 1, prompt=number)
+        return generation_s(llm, 1, prompt=number) * 1e3
+    generation_s(llm, 2, batch=number)
+    short = generation_s(llm, SHORT, batch=number)
+    return (generation_s(llm, LONG, batch=number) - short) / (LONG - SHORT) * 1e3
+
+
 def control(llm, action, **arguments):
-    """One reply of the worker's control method."""
+    """One reply of our worker's control method."""
     payload = json.dumps({"action": action, **arguments})
     (reply,) = llm.collective_rpc("msprobe_control", args=(payload,))
     if not reply["ok"]:
@@ -49,97 +152,246 @@ def control(llm, action, **arguments):
     return reply
 
 
-def generation_s(llm, tokens):
-    """Seconds of one greedy generation of a fixed length."""
-    from vllm import SamplingParams
+def measure_ours(llm, variant, what, number):
+    import dataclasses
 
-    parameters = SamplingParams(
-        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
-    )
-    prompt = {"prompt_token_ids": [0, *range(20, 36)]}
-    start = time.perf_counter()
-    llm.generate([prompt], parameters, use_tqdm=False)
-    return time.perf_counter() - start
-
-
-def decode_step_ms(llm):
-    """Milliseconds of one decode step: a long generation less a short one."""
-    generation_s(llm, 2)
-    short, long = generation_s(llm, SHORT), generation_s(llm, LONG)
-    return (long - short) / (LONG - SHORT) * 1e3
-
-
-def measure(llm, rounds):
-    """Milliseconds a step and what was recorded, by variant."""
     from pytest_msprobe.config.debugger_config import DebuggerConfig
 
-    samples = {"off": [], **{level: [] for level in LEVELS}}
-    replies, stops = {}, {level: [] for level in LEVELS}
-    for _ in range(rounds):
-        samples["off"].append(decode_step_ms(llm))
-        for level in LEVELS:
-            with tempfile.TemporaryDirectory() as folder:
-                config = dataclasses.asdict(DebuggerConfig(level=level))
-                control(llm, "start", config=config, folder=folder)
-                samples[level].append(decode_step_ms(llm))
-                start = time.perf_counter()
-                replies[level] = control(llm, "stop", test="overhead")
-                seconds = time.perf_counter() - start
-                stops[level].append(seconds / replies[level]["steps"] * 1e3)
-    return samples, replies, stops
+    if variant == "idle":
+        return {"ms": milliseconds(llm, what, number)}
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.asdict(DebuggerConfig(**OURS[variant]))
+        control(llm, "start", config=config, folder=folder)
+        ms = milliseconds(llm, what, number)
+        start = time.perf_counter()
+        reply = control(llm, "stop", test="overhead")
+        seconds = time.perf_counter() - start
+        steps = reply["steps"]
+    return {
+        "ms": ms,
+        "rows": reply["rows"] // steps,
+        "measured": reply["measured"] // steps,
+        "written_later_ms": seconds / steps * 1e3,
+    }
+
+
+def install_msprobe(level, folder):
+    """Puts the real tool around execute_model, as its guide says."""
+    from vllm.v1.worker import gpu_model_runner
+
+    config = {
+        "task": "statistics",
+        "dump_path": f"{folder}/dump",
+        "rank": [],
+        "step": [],
+        "level": level,
+        "statistics": {"scope": [], "list": [], "data_mode": ["all"]},
+    }
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    from msprobe.pytorch import PrecisionDebugger, seed_all
+
+    runner = gpu_model_runner.GPUModelRunner
+    state = {"is_on": False}
+    first, execute = runner.__init__, runner.execute_model
+
+    def begin(self, *args, **kwargs):
+        seed_all(mode=True)
+        self.debugger = PrecisionDebugger(config_path=str(path))
+        first(self, *args, **kwargs)
+
+    def execute_model(self, *args, **kwargs):
+        if not state["is_on"]:
+            return execute(self, *args, **kwargs)
+        self.debugger.start(model=self.model)
+        try:
+            return execute(self, *args, **kwargs)
+        finally:
+            self.debugger.stop()
+            self.debugger.step()
+
+    runner.__init__, runner.execute_model = begin, execute_model
+    return state
+
+
+def install_stance(llm):
+    """Runs steps with functions compiled by plain torch.compile run eagerly."""
+    import torch
+
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    execute, sample = runner.execute_model, runner.sample_tokens
+
+    def eager(function):
+        def run(*args, **kwargs):
+            with torch.compiler.set_stance("force_eager"):
+                return function(*args, **kwargs)
+
+        return run
+
+    runner.execute_model, runner.sample_tokens = eager(execute), eager(sample)
+
+
+def serve(arguments):
+    """Answers the parent's requests, a line each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+    tool, _, level = arguments.child.partition(" ")
+    state, folder = None, tempfile.mkdtemp()
+    if tool == "msprobe":
+        state = install_msprobe(level, folder)
+    llm = start_engine(arguments)
+    if tool == "stance":
+        install_stance(llm)
+    answers.write(json.dumps(facts()) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        what, number = request["what"], request["number"]
+        if tool == "ours":
+            reply = measure_ours(llm, request["variant"], what, number)
+        else:
+            if state is not None:
+                state["is_on"] = True
+            reply = {"ms": milliseconds(llm, what, number)}
+            if state is not None:
+                state["is_on"] = False
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+def facts():
+    """What the figures were measured with."""
+    import torch
+    import vllm
+
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "vllm": vllm.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+# The parent ---------------------------------------------------------------------------
+
+
+class Child:
+    """A process with an engine and at most one tool."""
+
+    def __init__(self, tool, python):
+        plugins = "msprobe" if tool == "ours" else "none"
+        command = [python, __file__, "--child", tool, *sys.argv[1:]]
+        self.process = subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "VLLM_PLUGINS": plugins,
+                **({"MSPROBE_ATTACH": "1"} if tool == "ours" else {}),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._read()
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a child process ended: see what it printed above")
+        return json.loads(line)
+
+    def ask(self, **request):
+        """The child's reply to a request."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self):
+        """Ends the child."""
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        self.process.kill()
+
+
+def summarize(samples):
+    """One row a variant and kind of step."""
+    base = {}
+    for (name, what, number), replies in samples.items():
+        if name == "off":
+            base[what, number] = statistics.median(r["ms"] for r in replies)
+    rows = []
+    for (name, what, number), replies in samples.items():
+        ms = statistics.median(r["ms"] for r in replies)
+        # Pairs of one round were measured one behind the other.
+        offs = samples["off", what, number]
+        ratio = statistics.median(
+            reply["ms"] / off["ms"] for reply, off in zip(replies, offs, strict=True)
+        )
+        rows.append(
+            {
+                "step": f"{what} {number}",
+                "variant": name,
+                "ms": round(ms, 3),
+                "ratio": round(ratio, 2),
+                "added_ms": round(ms - base[what, number], 3),
+                "rows": replies[0].get("rows", 0),
+                "measured": replies[0].get("measured", 0),
+                "written_later_ms": round(replies[0].get("written_later_ms", 0.0), 2),
+            }
+        )
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def run(arguments):
+    """Replies by variant and kind of step, and what they were measured with."""
+    tools = {"off": ("none", "off"), "stance": ("stance", "stance")}
+    tools |= {name: ("ours", name) for name in ("idle", *arguments.variants)}
+    if arguments.msprobe:
+        tools |= {f"msProbe {n}": (f"msprobe {n}", n) for n in ("L0", "mix")}
+    children = {}
+    for tool, _ in tools.values():
+        if tool not in children:
+            is_real = tool.startswith("msprobe")
+            children[tool] = Child(
+                tool, arguments.msprobe if is_real else sys.executable
+            )
+    steps = [("decode", batch) for batch in arguments.batches]
+    if arguments.prefill:
+        steps.append(("prefill", arguments.prefill))
+    samples = {}
+    for _ in range(arguments.rounds):
+        for what, number in steps:
+            for name, (tool, variant) in tools.items():
+                reply = children[tool].ask(variant=variant, what=what, number=number)
+                samples.setdefault((name, what, number), []).append(reply)
+    for child in children.values():
+        child.close()
+    return samples, children["none"].facts
 
 
 def main():
     arguments = parse_arguments()
-    os.environ.update(ENVIRONMENT)
-    import torch
-    from vllm import LLM
-
-    from pytest_msprobe.compat import vllm_version
-    from pytest_msprobe.engine.environment import numerics_key
-
-    llm = LLM(
-        model=arguments.model,
-        enforce_eager=True,
-        max_model_len=128,
-        max_num_seqs=1,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
-    samples, replies, stops = measure(llm, arguments.rounds)
-    base = statistics.median(samples["off"])
-    rows = []
-    for name, values in samples.items():
-        reply = replies.get(name)
-        steps = reply["steps"] if reply else 1
-        rows.append(
-            {
-                "variant": name,
-                "step_ms": round(statistics.median(values), 3),
-                "ratio": round(statistics.median(values) / base, 2),
-                "rows_a_step": reply["rows"] // steps if reply else 0,
-                "measured_a_step": reply["measured"] // steps if reply else 0,
-                "bytes_a_step": reply["bytes"] // steps if reply else 0,
-                "written_later_ms_a_step": (
-                    round(statistics.median(stops[name]), 2) if reply else 0.0
-                ),
-            }
-        )
+    if arguments.child:
+        serve(arguments)
+        return
+    samples, with_what = run(arguments)
     result = {
-        "what": "decode, batch 1, tiny Qwen2 (4 layers, hidden 128, bfloat16)",
-        "device": numerics_key("cpu"),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "vllm": vllm_version(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
+        "model": arguments.shape or Path(arguments.model).name,
+        **with_what,
         "date": time.strftime("%Y-%m-%d"),
         "rounds": arguments.rounds,
-        "rows": rows,
+        "rows": summarize(samples),
     }
-    print("| variant | ms a step | ratio | rows | measured | bytes | written later |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
+    print("| " + " | ".join(result["rows"][0]) + " |")
+    print("| --- " * len(result["rows"][0]) + "|")
+    for row in result["rows"]:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
     if arguments.save:
         arguments.save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
