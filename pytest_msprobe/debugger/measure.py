@@ -171,6 +171,7 @@ class Measurer:
         token_pieces: Their pieces in the open step.
         sample_pieces: The same for sample-major tensors.
         measured_rows: Rows measured so far.
+        is_launching: Whether its own kernels are being started.
         backends: Backend and reason by kind of device.
         seen: Tensors measured, or soon, and not written since, by id.
         seen_storages: First bytes of their storages.
@@ -189,6 +190,7 @@ class Measurer:
         self.token_pieces: tuple[Piece, ...] = ()
         self.sample_pieces: tuple[Piece, ...] = ()
         self.measured_rows = 0
+        self.is_launching = False
         self.backends: dict[str, tuple[Backend, str]] = {}
         self._plans: dict[Any, Plan] = {}
         self._layout_plans: list[Plan] = []
@@ -293,8 +295,10 @@ class Measurer:
 
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""
+        self.is_launching = True
         for queue in self._queues.values():
             queue.launch()
+        self.is_launching = False
         batch = self._batch
         if not batch:
             return

@@ -236,5 +236,7 @@ class TritonWatch:
 
     def _launch(self, *_metadata: Any) -> None:
         collector = self._collector
-        if collector.is_recording and threading.get_ident() == self._thread:
+        if collector.measurer.is_launching or not collector.is_recording:
+            return
+        if threading.get_ident() == self._thread:
             collector.before_any_write()

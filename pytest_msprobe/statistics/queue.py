@@ -131,11 +131,11 @@ class DeviceQueue:
         if not self._pending:
             return
         out = self._buffers[self._current].device
-        for (dtype, _), entries in self._pending.items():
+        noted, self._pending = self._pending, {}
+        for (dtype, _), entries in noted.items():
             for start in range(0, len(entries), _ENTRIES // 4):
                 some = entries[start : start + _ENTRIES // 4]
                 cuda.run_kernels(some, self._write(some), dtype, out)
-        self._pending.clear()
 
     def finish(self) -> None:
         """A step has ended: its rows are copied home, without waiting for them."""
