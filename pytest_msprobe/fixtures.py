@@ -26,10 +26,13 @@ class Msprobe:
         """
         return self._session.new_capture(self._item, llm, name)
 
-    def check(self) -> None:
+    def check(self, *, tolerances: Any = None) -> None:
         """Judges every capture of this test that has not been judged yet.
 
         Captures that a test never checks are judged when its code has ended.
+
+        Args:
+            tolerances: Limits or rules on top of the marker's, as there.
 
         Raises:
             Failed: pytest's failure, with the verdict as its message.
@@ -43,7 +46,7 @@ class Msprobe:
             if capture.is_automatic:
                 capture.close()
             if not capture.is_checked:
-                capture.check()
+                capture.check(tolerances=tolerances)
 
 
 def _session(request: pytest.FixtureRequest) -> MsprobeSession:

@@ -23,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--msprobe-config",
         metavar="FILE",
-        help="msProbe config.json, or YAML with capture, engine, tolerances, golden",
+        help="msProbe config.json, or YAML, or a pyproject.toml with [tool.msprobe], "
+        "with capture, engine, tolerances, golden; default: the root's pyproject.toml",
     )
     group.addoption(
         "--msprobe-update",
@@ -44,6 +45,16 @@ def _session_of(config: pytest.Config) -> MsprobeSession | None:
     return config.stash.get(SESSION, None)
 
 
+def _own_table(config: pytest.Config) -> str | None:
+    """The pyproject.toml of pytest's root, where it holds `[tool.msprobe]`."""
+    path = config.rootpath / "pyproject.toml"
+    if not path.is_file():
+        return None
+    from pytest_msprobe.config.toml import has_table
+
+    return str(path) if has_table(path) else None
+
+
 def _read(config: pytest.Config) -> MsprobeSession | None:
     """The session of a run with a configuration.
 
@@ -52,6 +63,7 @@ def _read(config: pytest.Config) -> MsprobeSession | None:
     """
     options = config.known_args_namespace
     path, update = options.msprobe_config, options.msprobe_update
+    path = path or _own_table(config)
     if path is None:
         if update is not None:
             raise pytest.UsageError("--msprobe-update needs --msprobe-config FILE")
@@ -195,8 +207,11 @@ def pytest_runtest_makereport(
         return report
     if report.failed and call.excinfo is not None:
         _shorten(item, report, call.excinfo)
+    state = session.state_of(item)
     # A part of a test (subtests) has a report of its own, before the test has ended.
-    if report.when == "call" and report.passed and session.state_of(item).is_ended:
+    if report.when == "call" and not state.is_ended:
+        state.has_failed_parts |= report.failed
+    elif report.when == "call" and report.passed and not state.has_failed_parts:
         try:
             session.commit(item)
         except MsprobeError as error:

@@ -9,10 +9,10 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["MsprobeSession | None"]()
 MARKER = "msprobe"
+_PACKAGE = "pytest_msprobe."
 _MARKER_KEYS = ("level", "decode_steps", "engine", "tolerances")
 
 
@@ -64,6 +65,7 @@ class Capture:
         from pytest_msprobe.engine.client import converse
         from pytest_msprobe.engine.faults import EngineWatch
 
+        self._refuse_to_replace()
         converse(self.llm, self._start())
         self.is_open = True
         self.watch = EngineWatch(self.llm)
@@ -73,9 +75,22 @@ class Capture:
         """Starts recording on an asynchronous engine (`AsyncLLM`)."""
         from pytest_msprobe.engine.client import converse_async
 
+        self._refuse_to_replace()
         await converse_async(self.llm, self._start())
         self.is_open = True
         return self
+
+    def _refuse_to_replace(self) -> None:
+        """A block that is entered again is judged again.
+
+        Raises:
+            CaptureError: What it recorded before has not been judged.
+        """
+        if self.files and not self.is_checked:
+            message = f"{self.item.nodeid}: a capture is entered again before its check"
+            hint = "check it first, or give each block a capture of its own"
+            raise CaptureError(message, slug="capture-again", hint=hint)
+        self.files, self.is_checked = [], False
 
     def __exit__(
         self,
@@ -162,13 +177,16 @@ class Capture:
             converse(self.llm, ask_workers("abandon", folder=folder))
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def check(self) -> None:
+    def check(self, *, tolerances: Any = None) -> None:
         """Judges the capture against its golden.
+
+        Args:
+            tolerances: Limits or rules on top of the marker's, as there.
 
         Raises:
             Failed: pytest's failure, with the verdict as its message.
         """
-        self.session.check(self)
+        self.session.check(self, code_rules(tolerances, self.item))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +209,7 @@ class TestState:
         captures: In the order in which they were made.
         pending: Goldens to write once the test has passed; None removes one.
         is_ended: Whether the test's own code has ended.
+        has_failed_parts: Whether a subtest of it has failed.
     """
 
     __test__ = False
@@ -198,6 +217,7 @@ class TestState:
     captures: list[Capture] = field(default_factory=list)
     pending: list[tuple[Path, bytes | None]] = field(default_factory=list)
     is_ended: bool = False
+    has_failed_parts: bool = False
 
 
 class MsprobeSession:
@@ -295,7 +315,7 @@ class MsprobeSession:
                 elif key == "engine":
                     engine.update(_check_engine(value, f"{where}: engine"))
                 else:
-                    rules.append(_marker_rule(item, value, where))
+                    rules += _marker_rules(item, value, where)
         return TestOptions(config, steps, engine, tuple(rules))
 
     def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:
@@ -364,6 +384,34 @@ class MsprobeSession:
             capture.close()
             if not capture.is_checked:
                 self.check(capture)
+        self._check_left_goldens(item)
+
+    def _check_left_goldens(self, item: pytest.Item) -> None:
+        """Goldens of captures that the test no longer makes.
+
+        Raises:
+            Failed: There are some; an update that rewrites failing goldens removes
+                them instead.
+        """
+        from pytest_msprobe.golden.guard import is_written
+        from pytest_msprobe.golden.variants import captures_of
+
+        captures = self.state_of(item).captures
+        judged = {self._golden_folder(capture) for capture in captures}
+        first = self.settings.golden.directory.joinpath(*self._place(item, ""))
+        left = [path for path in captures_of(first, item.nodeid)
+                if path.parent not in judged]  # fmt: skip
+        if not left:
+            return
+        if self.update is not None and is_written(self.update, "fail"):
+            self.state_of(item).pending += [(path, None) for path in left]
+            return
+        names = ", ".join(sorted({path.parent.name for path in left}))
+        text = (
+            f"{item.nodeid}: not captured although there are goldens: {names}\n"
+            "if this is meant, remove them: --msprobe-update=failing"
+        )
+        pytest.fail(text, pytrace=False)
 
     def end_call(self, item: pytest.Item) -> None:
         """After the test's own code has ended, well or not: no capture goes on."""
@@ -438,8 +486,12 @@ class MsprobeSession:
 
     # Verdicts ------------------------------------------------------------------
 
-    def check(self, capture: Capture) -> None:
+    def check(self, capture: Capture, rules: Sequence["Rule"] = ()) -> None:
         """Judges a capture; in an update run also decides whether to write a golden.
+
+        Args:
+            capture: The capture.
+            rules: Of the call, on top of the marker's.
 
         Raises:
             Failed: pytest's failure, with the verdict as its message.
@@ -465,7 +517,7 @@ class MsprobeSession:
         absent = self._absent_ranks(capture, captures)
         failures = []
         for recorded in captures:
-            verdict = self._judge(capture, recorded)
+            verdict = self._judge(capture, recorded, rules)
             verdict.command = self.update_command(capture.item, verdict)
             if absent:
                 _fail_for_ranks(verdict, sorted(absent))
@@ -558,9 +610,13 @@ class MsprobeSession:
             hint = "free space or make it writable, or change dump_path"
             raise CaptureError(message, slug="verdict-write", hint=hint) from error
 
-    def _judge(self, capture: Capture, recorded: "CaptureFile") -> "Verdict":
+    def _judge(
+        self, capture: Capture, recorded: "CaptureFile", more: Sequence["Rule"]
+    ) -> "Verdict":
         from pytest_msprobe.compare.judge import judge
+        from pytest_msprobe.compare.match import row_names
         from pytest_msprobe.compare.ranks import without_sharded
+        from pytest_msprobe.compare.tolerance import unmatched_rules
         from pytest_msprobe.dump.capture import read_capture
         from pytest_msprobe.golden.variants import choose, file_name
         from pytest_msprobe.model.verdict import Verdict
@@ -568,8 +624,10 @@ class MsprobeSession:
         header = recorded.header
         folder = self._golden_folder(capture)
         choice = choose(folder, header.key, header.rank)
+        rules = [*self.options_of(capture.item).rules, *more]
         if choice.path is None:
-            self._match_rules(recorded)
+            names = row_names(recorded)
+            self._note_rules(unmatched_rules(rules, names), names)
             return Verdict(
                 test=capture.item.nodeid,
                 status="missing",
@@ -579,14 +637,16 @@ class MsprobeSession:
                 rank=header.rank,
             )
         golden = read_capture(choice.path)
-        self._match_rules(golden, recorded)
         mode: KeyMode | None = None
         if self.settings.golden.is_tp_invariant:
             golden, recorded = without_sharded(golden, recorded)
             sizes = [c.header.provenance.get("ranks") for c in (golden, recorded)]
             mode = "cross" if len(set(sizes)) > 1 else None
-        rules = self.options_of(capture.item).rules
-        return judge(golden, recorded, rules, mode=mode).verdict
+        judgement = judge(golden, recorded, rules, mode=mode)
+        self._note_rules(judgement.unmatched, judgement.names)
+        if judgement.verdict.is_green:
+            self._refuse_unmatched(judgement.unmatched, judgement.names)
+        return judgement.verdict
 
     def _golden_folder(self, capture: Capture) -> Path:
         place = self._place(capture.item, capture.name)
@@ -613,21 +673,25 @@ class MsprobeSession:
 
     # Rules ---------------------------------------------------------------------
 
-    def _match_rules(self, *captures: "CaptureFile") -> None:
-        """Notes which rules match a row of a golden or of what was recorded."""
-        rules = self.settings.rules
-        unmatched = set(range(len(rules))) - self._matched
-        self._matched |= {index for index in unmatched if rules[index].rows == "*"}
-        unmatched -= self._matched
-        if not unmatched:
-            return
-        names = dict.fromkeys(
-            name for capture in captures for name in _row_names(capture)
-        )
-        self._row_names = list(names) or self._row_names
-        for index in unmatched:
-            if any(fnmatchcase(name, rules[index].rows) for name in names):
-                self._matched.add(index)
+    def _note_rules(self, unmatched: Sequence["Rule"], names: list[str]) -> None:
+        """Notes which rules of the configuration name a row of some test."""
+        without = {id(rule) for rule in unmatched}
+        rules = enumerate(self.settings.rules)
+        self._matched |= {index for index, rule in rules if id(rule) not in without}
+        self._row_names = names or self._row_names
+
+    def _refuse_unmatched(self, unmatched: Sequence["Rule"], names: list[str]) -> None:
+        """Rules of a marker or call are for one test: there they must name a row.
+
+        Raises:
+            ConfigError: One does not.
+        """
+        from pytest_msprobe.compare.tolerance import unmatched_error
+
+        common = {id(rule) for rule in self.settings.rules}
+        for rule in unmatched:
+            if id(rule) not in common:
+                raise unmatched_error(rule, names)
 
     def unmatched_rules(self) -> list[str]:
         """One line for each rule whose glob matched no row of any test."""
@@ -653,17 +717,6 @@ class MsprobeSession:
             and self.users <= self._judged_tests
             and {path.parent for path in goldens} <= self._judged_folders
         )
-
-
-def _row_names(capture: "CaptureFile") -> Iterator[str]:
-    """Names that globs in rules are matched with, of all rows of a capture."""
-    from pytest_msprobe.model.verdict import RowId
-
-    for step, call in capture.calls():
-        for slots in (call.i, call.o):
-            for slot, ids in slots.items():
-                for number in ids:
-                    yield RowId(call.c, slot, capture.tensors[number].g, step).text
 
 
 def _fail_for_ranks(verdict: "Verdict", ranks: list[int]) -> None:
@@ -698,19 +751,26 @@ def _check_engine(value: Any, where: str) -> dict[str, Any]:
     return arguments
 
 
-def _marker_rule(item: pytest.Item, value: Any, where: str) -> "Rule":
-    from pytest_msprobe.model.limits import LIMIT_NAMES, Rule
+def _marker_rules(item: pytest.Item, value: Any, where: str) -> tuple["Rule", ...]:
+    from pytest_msprobe.config.code_rules import read_code_rules
 
-    limits = _check_mapping(value, f"{where}: tolerances")
-    for name, limit in limits.items():
-        if name not in LIMIT_NAMES:
-            known = ", ".join(LIMIT_NAMES)
-            message = f"{where}: tolerances: {name}: unknown metric; known: {known}"
-            raise ConfigError(message, slug="marker")
-        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-        if not is_number or not limit >= 0:
-            message = f"{where}: tolerances: {name} {limit!r}: expected a number >= 0"
-            raise ConfigError(message, slug="marker")
     line = item.location[1]
     origin = f"{Path(item.location[0]).name}:{(line or 0) + 1}"
-    return Rule(origin, limits={name: float(limit) for name, limit in limits.items()})
+    return read_code_rules(value, where, origin)
+
+
+def code_rules(value: Any, item: pytest.Item) -> tuple["Rule", ...]:
+    """Rules that a test gives to `check`; their origin is the line of the call.
+
+    Raises:
+        ConfigError: Something in them is wrong.
+    """
+    from pytest_msprobe.config.code_rules import read_code_rules
+
+    if value is None:
+        return ()
+    frame = sys._getframe(1)  # noqa: SLF001 - the way to find a caller
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_PACKAGE):
+        frame = frame.f_back
+    origin = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return read_code_rules(value, f"{item.nodeid}: check()", origin)

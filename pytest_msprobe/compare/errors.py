@@ -5,21 +5,55 @@ Rows often share their tensors (an input is the output of an earlier call), so e
 are computed once for each pair of tensors and then spread over the rows.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.match import Columns, Pairs, columns_of, differs, distinct
-from pytest_msprobe.compare.metrics import row_errors
-from pytest_msprobe.compare.tolerance import ResolvedLimits, with_floor
+from pytest_msprobe.compare.metrics import Error, row_errors
+from pytest_msprobe.compare.tolerance import ResolvedLimits, floors
 from pytest_msprobe.dump.capture import TensorLine
 from pytest_msprobe.model.dtypes import BY_CODE
-from pytest_msprobe.model.limits import ROW_METRICS
+from pytest_msprobe.model.limits import NOISE_MULTIPLE, ROW_METRICS
 from pytest_msprobe.model.verdict import Finding, portable
 
 # What no tolerance allows, in the order in which it is reported.
 _TOLERATED, _DTYPE, _SHAPE, _NONFINITE, _INTEGERS, _EXACT = range(6)
+_F64 = npt.NDArray[np.float64]
 _I64 = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
+_NOISE = f"noise x{NOISE_MULTIPLE:g}"
+
+
+@dataclass(slots=True)
+class Elements:
+    """What was found element by element, for pairs whose tensors are saved.
+
+    Attributes:
+        distance: (n,) L2 distance, NaN where it was not computed.
+        worst: (n,) index of the element that differs most, None where unknown.
+    """
+
+    distance: _F64
+    worst: list[list[int] | None]
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Errors of some rows, spread from their pairs of tensors.
+
+    Attributes:
+        errors: By metric.
+        noise: (m, 5) noise of the golden's tensors, metrics in their order.
+        floor: By metric, what storing the numbers adds to the limit.
+        reasons: What no tolerance allows.
+    """
+
+    errors: dict[str, Error]
+    noise: _F64
+    floor: dict[str, _F64]
+    reasons: npt.NDArray[np.int8]
 
 
 class Errors:
@@ -28,53 +62,114 @@ class Errors:
     Attributes:
         ratio: Worst observed / allowed of each row, 0 for equal and unwanted ones.
         rel_l2: Relative L2 error of each row, likewise.
+        is_raised: Rows whose limit is raised by the golden's noise.
     """
 
-    def __init__(self, pairs: Pairs, limits: ResolvedLimits, is_wanted: _Bools) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        limits: ResolvedLimits,
+        is_wanted: _Bools,
+        elements: Elements | None = None,
+    ) -> None:
         """Computes the errors.
 
         Args:
             pairs: The rows.
             limits: Their limits.
             is_wanted: Rows whose errors are of interest.
+            elements: Of pairs whose tensors are saved.
         """
         size = len(pairs.new)
         self._pairs = pairs
         self._limits = limits
+        self._elements = elements
         self.ratio = np.zeros(size)
         self.rel_l2 = np.zeros(size)
+        self.is_raised = np.zeros(size, dtype=np.bool_)
         self._metric = np.zeros(size, dtype=np.int8)
         self._observed = np.zeros(size)
         self._allowed = np.zeros(size)
+        self._share = np.zeros(size)
+        self._is_noise = np.zeros(size, dtype=np.bool_)
         self._reason = np.zeros(size, dtype=np.int8)
-        index = np.flatnonzero(~pairs.is_equal & is_wanted)
-        if len(index):
-            self._compute(index)
+        self._index = np.flatnonzero(~pairs.is_equal & is_wanted)
+        # Limits that would let each row pass, by metric; of `_index`.
+        self._needed: dict[str, _F64] = {}
+        self._is_beyond: dict[str, _Bools] = {}
+        if len(self._index):
+            self._compute(self._index)
 
-    def _compute(self, index: _I64) -> None:
+    def _measure(self, index: _I64) -> _Measured:
         first, place = distinct(self._pairs, index)
-        old, new = (columns_of(side) for side in self._pairs.line_pairs(first))
+        lines = self._pairs.line_pairs(first)
+        old, new = (columns_of(side) for side in lines)
         with np.errstate(all="ignore"):
             errors = row_errors(old, new)
-        is_coarse = ~(np.isnan(old.scales) & np.isnan(new.scales))[place]
+        self._use_elements(errors["rel_l2"], first)
+        noise = np.zeros((len(first), len(ROW_METRICS)))
+        for row, line in enumerate(lines[0]):
+            if line.n:
+                noise[row] = line.n
+        return _Measured(
+            {name: error.at(place) for name, error in errors.items()},
+            noise[place],
+            {
+                n: v[place]
+                for n, v in floors(old, new, is_dump=self._pairs.is_dump).items()
+            },
+            _reasons(old, new)[place],
+        )
+
+    def _use_elements(self, error: Error, first: _I64) -> None:
+        """Takes exact distances where they are known.
+
+        A dump holds no sketches; without its tensors the metric is left out.
+        """
+        if self._elements is not None:
+            exact = self._elements.distance[first]
+            is_known = ~np.isnan(exact)
+            error.difference[is_known] = exact[is_known]
+        if self._pairs.is_dump:
+            is_unknown = np.isnan(error.difference)
+            error.difference[is_unknown] = error.scale[is_unknown] = 0.0
+
+    def _compute(self, index: _I64) -> None:
+        measured = self._measure(index)
         worst = np.full(len(index), -1.0)
         for number, name in enumerate(ROW_METRICS):
-            observed = errors[name][place]
-            limit = with_floor(self._limits.limits[name][index], name, is_coarse)
+            error = measured.errors[name]
+            observed, floor = error.relative, measured.floor[name]
+            rule = self._limits.limits[name][index]
+            absolute = self._limits.absolute[name][index]
+            noise = measured.noise[:, number]
+            is_open = np.isposinf(rule)
             with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.where(observed > 0, observed / limit, 0.0)
+                more = np.where(absolute > 0, absolute * error.spread, 0.0)
+                rule = rule + np.where(more > 0, more / error.scale, 0.0)
+                limit = np.maximum(rule, NOISE_MULTIPLE * noise)
+                allowed = limit + floor
+                ratio = np.where(observed > 0, observed / allowed, 0.0)
+                # Where the golden is 0, only an absolute limit can tell.
+                is_zero = (more > 0) & ~(error.scale > 0)
+                ratio = np.where(is_zero, error.difference / more, ratio)
+                ratio = np.where(is_open, 0.0, ratio)
+                share = np.where(noise > 0, noise / allowed, 0.0)
             ratio = np.nan_to_num(ratio, nan=np.inf, posinf=np.inf)
+            self._needed[name] = np.maximum(observed - floor, 0.0)
+            self._is_beyond[name] = ratio > 1.0
+            self.is_raised[index] |= limit > rule
             is_worse = ratio > worst
             worst[is_worse] = ratio[is_worse]
             rows = index[is_worse]
             self._metric[rows] = number
             self._observed[rows] = observed[is_worse]
-            self._allowed[rows] = limit[is_worse]
+            self._allowed[rows] = allowed[is_worse]
+            self._share[rows] = share[is_worse]
+            self._is_noise[rows] = (limit > rule)[is_worse]
         self.ratio[index] = worst
-        self.rel_l2[index] = np.nan_to_num(errors["rel_l2"], nan=np.inf, posinf=np.inf)[
-            place
-        ]
-        self._check_exactly(index, _reasons(old, new)[place])
+        self.rel_l2[index] = measured.errors["rel_l2"].relative
+        self._check_exactly(index, measured.reasons)
 
     def _check_exactly(self, index: _I64, reasons: npt.NDArray[np.int8]) -> None:
         """What no tolerance allows: other dtype, shape, NaN counts, integers."""
@@ -85,21 +180,60 @@ class Errors:
         self.ratio[failed] = np.inf
         self.rel_l2[failed[self.rel_l2[failed] == 0]] = np.inf
 
+    def is_tolerable(self, rows: _I64) -> bool:
+        """Whether some tolerance could let all of these rows pass."""
+        return bool((self._reason[rows] == _TOLERATED).all())
+
+    def needed(self, chosen: _Bools, *, beyond: _Bools) -> dict[str, float]:
+        """Limits with which all chosen rows pass, storage floor not included.
+
+        Args:
+            chosen: (n,) rows.
+            beyond: (n,) rows among them that are outside their limits now.
+
+        Returns:
+            For each metric that a row is outside of, the greatest error of all chosen
+            rows; infinite where the golden is 0 and the candidate is not.
+        """
+        rows, failed = chosen[self._index], beyond[self._index]
+        return {
+            name: float(values[rows].max())
+            for name, values in self._needed.items()
+            if (failed & self._is_beyond[name]).any()
+        }
+
+    def relative(self, chosen: _Bools) -> tuple[_I64, dict[str, _F64]]:
+        """Errors of all chosen rows that are not equal, and which rows they are of."""
+        index = np.flatnonzero(chosen & ~self._pairs.is_equal)
+        if not len(index):
+            return index, {name: np.zeros(0) for name in ROW_METRICS}
+        measured = self._measure(index)
+        return index, {n: error.relative for n, error in measured.errors.items()}
+
     def finding(self, i: int) -> Finding:
         """The worst metric of one row."""
         (row,) = self._pairs.candidate.row_ids(self._pairs.new[i : i + 1])
         ratio = portable(self.ratio[i])
+        element = self._elements.worst[i] if self._elements is not None else None
         if self._reason[i] != _TOLERATED:
             metric, detail = _describe(int(self._reason[i]), *self._pairs.line_pair(i))
-            return Finding(row, metric, "differs", 0.0, ratio, "always", detail)
+            origin = "always"
+            if self._reason[i] == _EXACT:
+                origin = self._limits.exact_origin(i)
+            return Finding(
+                row, metric, "differs", 0.0, ratio, origin, detail, element=element
+            )
         metric = ROW_METRICS[int(self._metric[i])]
+        origin = self._limits.origin(metric, i)
         return Finding(
             row,
             metric,
             portable(self._observed[i]),
             portable(self._allowed[i]),
             ratio,
-            self._limits.origin(metric, i),
+            f"{_NOISE}, above {origin}" if self._is_noise[i] else origin,
+            noise=float(self._share[i]),
+            element=element,
         )
 
 

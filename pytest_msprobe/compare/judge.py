@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges a candidate capture against a golden. Pure: two captures in, a verdict out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import find_divergence
-from pytest_msprobe.compare.errors import Errors
-from pytest_msprobe.compare.match import Pairs, Rows, pair_rows
+from pytest_msprobe.compare.errors import Elements, Errors
+from pytest_msprobe.compare.match import Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
     differences,
@@ -23,15 +23,20 @@ from pytest_msprobe.compare.tokens import (
 )
 from pytest_msprobe.compare.tolerance import (
     ResolvedLimits,
+    common_glob,
     default_limits,
+    matching,
     resolve_limits,
+    rule_text,
+    unmatched_rules,
 )
 from pytest_msprobe.dump.capture import CaptureFile, TensorLine
-from pytest_msprobe.model.limits import KeyMode, Rule
-from pytest_msprobe.model.verdict import AppliedRule, Verdict
+from pytest_msprobe.model.limits import NOISE_MULTIPLE, KeyMode, Rule
+from pytest_msprobe.model.verdict import AppliedRule, TokenDifference, Verdict
 
 WORST = 20
 _SHOWN_REQUESTS = 3
+_MOVED_TOKENS = "log-probabilities moved by more than is allowed"
 _I64 = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 
@@ -57,6 +62,8 @@ def judge(
     rules: Sequence[Rule] = (),
     *,
     mode: KeyMode | None = None,
+    renames: Mapping[str, str] | None = None,
+    measure: Callable[[Pairs], Elements] | None = None,
 ) -> Judgement:
     """Judges a candidate.
 
@@ -65,6 +72,10 @@ def judge(
         candidate: What was captured now.
         rules: Tolerances beyond the defaults, in order.
         mode: Same or another numerics key; taken from the headers if not given.
+        renames: Rows of the candidate, without segment, that are to be paired with
+            rows of the golden of another name.
+        measure: Compares the saved tensors of pairs element by element; it also says
+            in `is_equal` which of them have equal bits.
     """
     if mode is None:
         mode = "same" if golden.header.key == candidate.header.key else "cross"
@@ -85,8 +96,28 @@ def judge(
     verdict.reasons += prefix_reasons(golden, candidate)
     if verdict.reasons:
         verdict.status = "incomparable"
-        return Judgement(verdict, [], [])
-    return _Judge(golden, candidate, rules, mode, verdict).run()
+        names = row_names(golden, candidate)
+        return Judgement(verdict, unmatched_rules(rules, names), names)
+    return _Judge(golden, candidate, rules, mode, verdict).run(renames, measure)
+
+
+def measure_noise(
+    golden: CaptureFile, candidate: CaptureFile
+) -> tuple[Pairs, _Bools, Errors, TokenDifference]:
+    """Errors of all rows that would be judged, without any limit.
+
+    Args:
+        golden: One capture.
+        candidate: Another one of the same test.
+
+    Returns:
+        The pairs, which of them count, their errors, and how the tokens moved.
+    """
+    mode: KeyMode = "same" if golden.header.key == candidate.header.key else "cross"
+    verdict = Verdict(test=candidate.header.test, status="pass", mode=mode)
+    state = _Judge(golden, candidate, (), mode, verdict)
+    pairs, _, masks, errors = state.compare()
+    return pairs, masks.judged, errors, verdict.tokens
 
 
 @dataclass(slots=True)
@@ -123,20 +154,36 @@ class _Judge:
         self._unrecorded = unrecorded_tokens(candidate)
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
+        self._names: list[str] = []
 
-    def run(self) -> Judgement:
-        verdict = self._verdict
-        pairs = pair_rows(self._golden, self._candidate)
-        names = [
+    def compare(
+        self,
+        renames: Mapping[str, str] | None = None,
+        measure: Callable[[Pairs], Elements] | None = None,
+    ) -> tuple[Pairs, ResolvedLimits, _Masks, Errors]:
+        """Pairs, limits, what counts, and errors; tokens go into the verdict."""
+        pairs = pair_rows(self._golden, self._candidate, renames)
+        elements = measure(pairs) if measure is not None else None
+        self._names = [
             *pairs.candidate.names(pairs.new),
             *pairs.golden.names(pairs.missing),
             *pairs.candidate.names(pairs.extra),
         ]
-        limits = self._limits(pairs, names)
+        limits = self._limits(pairs, self._names)
         self._compare_tokens(limits)
         masks = self._masks(pairs, limits)
-        errors = Errors(pairs, limits, masks.evidence)
+        return pairs, limits, masks, Errors(pairs, limits, masks.evidence, elements)
+
+    def run(
+        self,
+        renames: Mapping[str, str] | None,
+        measure: Callable[[Pairs], Elements] | None,
+    ) -> Judgement:
+        """The verdict."""
+        verdict = self._verdict
+        pairs, limits, masks, errors = self.compare(renames, measure)
         failed = masks.judged & (errors.ratio > 1.0)
+        verdict.noisy = int((masks.judged & errors.is_raised).sum())
         verdict.judged = int(masks.judged.sum())
         verdict.equal = int((masks.judged & pairs.is_equal).sum())
         verdict.unjudged = int(masks.unjudged.sum())
@@ -145,7 +192,27 @@ class _Judge:
         verdict.worst = [errors.finding(i) for i in _worst(pairs, errors, failed)]
         self._note_what_is_judged(pairs.golden)
         self._settle(pairs, errors, masks)
-        return Judgement(verdict, limits.unmatched, names)
+        if verdict.status == "fail":
+            verdict.would_pass = self._passing_rule(errors, masks.judged, failed)
+        return Judgement(verdict, limits.unmatched, self._names)
+
+    def _passing_rule(self, errors: Errors, judged: _Bools, failed: _Bools) -> str:
+        """The rule with which it would pass, empty where no tolerance could let it."""
+        reasons = self._verdict.reasons
+        if [text for text in reasons if text != _MOVED_TOKENS]:
+            return ""
+        rows = np.flatnonzero(failed)
+        if not errors.is_tolerable(rows):
+            return ""
+        glob, limits = "*", {}
+        if len(rows):
+            glob = common_glob([self._names[row] for row in rows])
+            named = matching(Rule("", glob), self._names[: len(judged)])
+            limits = errors.needed(judged & named, beyond=failed)
+        if _MOVED_TOKENS in reasons:
+            tokens = compare_tokens(*self._requests, 0.0, incomplete=self._unrecorded)
+            limits["logprob"] = float(tokens.largest)
+        return rule_text(glob, self._mode, limits)
 
     def _limits(self, pairs: Pairs, names: Sequence[str]) -> ResolvedLimits:
         """Limits of the pairs, of the missing and of the new rows, in this order."""
@@ -165,14 +232,16 @@ class _Judge:
         )
 
     def _compare_tokens(self, limits: ResolvedLimits) -> None:
+        noise = NOISE_MULTIPLE * float(self._golden.header.noise.get("logprob", 0.0))
+
         def limit_of(label: int, number: int) -> float:
             if self._schedule.is_token_moved(label, number):
-                return limits.moved_logprob
-            return limits.logprob
+                return max(limits.moved_logprob, noise)
+            return max(limits.logprob, noise)
 
         self._verdict.tokens = compare_tokens(
             *self._requests,
-            limits.logprob,
+            max(limits.logprob, noise),
             limit_of=limit_of,
             incomplete=self._unrecorded,
         )
@@ -260,7 +329,7 @@ class _Judge:
         tokens = verdict.tokens
         largest = float(tokens.largest)
         if largest > float(tokens.allowed):
-            verdict.reasons.append("log-probabilities moved by more than is allowed")
+            verdict.reasons.append(_MOVED_TOKENS)
         if verdict.failed or verdict.reasons:
             verdict.status = "fail"
             verdict.divergence = find_divergence(
@@ -290,6 +359,11 @@ class _Judge:
                 f"({_describe_moved(moved)}): from there on "
                 f"{limits if self._mode == 'same' else ''}rows without a token "
                 "dimension are not judged"
+            )
+        if verdict.noisy:
+            notes.append(
+                f"{verdict.noisy} rows have their limits from the noise that the "
+                f"golden was calibrated with (x{NOISE_MULTIPLE:g})"
             )
         if verdict.tokens.flipped is not None:
             notes.append(

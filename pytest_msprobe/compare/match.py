@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.dump.capture import CallLine, CaptureFile, StepLine, TensorLine
+from pytest_msprobe.dump.capture import (
+    DUMP,
+    CallLine,
+    CaptureFile,
+    StepLine,
+    TensorLine,
+)
 from pytest_msprobe.model.names import MODULE_PREFIX, parse_call_name
 from pytest_msprobe.model.verdict import RowId
 
@@ -292,6 +298,7 @@ class Pairs:
         is_equal: (n,) whether dtype, shape and checksum are equal.
         missing: Rows of the golden only.
         extra: Rows of the candidate only.
+        is_dump: Whether one side comes from a dump, which has no sketches.
     """
 
     golden: Rows
@@ -301,6 +308,7 @@ class Pairs:
     is_equal: _Bools
     missing: _I64
     extra: _I64
+    is_dump: bool = False
 
     @property
     def ids(self) -> list[RowId]:
@@ -320,10 +328,23 @@ class Pairs:
         return [golden[i] for i in old], [candidate[i] for i in new]
 
 
-def pair_rows(golden: CaptureFile, candidate: CaptureFile) -> Pairs:
-    """Pairs rows by key."""
+def pair_rows(
+    golden: CaptureFile,
+    candidate: CaptureFile,
+    renames: Mapping[str, str] | None = None,
+) -> Pairs:
+    """Pairs rows by key.
+
+    Args:
+        golden: The golden.
+        candidate: The candidate.
+        renames: Rows of the candidate, as `call.slot`, with the rows of the golden that
+            they are to be paired with.
+    """
     words = Vocabulary()
     uses = _collect(golden, words), _collect(candidate, words)
+    if renames:
+        _rename(*uses, words, renames)
     left, right = (_rows(side, words) for side in uses)
     _, old, new = np.intersect1d(
         left.key, right.key, assume_unique=True, return_indices=True
@@ -338,11 +359,43 @@ def pair_rows(golden: CaptureFile, candidate: CaptureFile) -> Pairs:
         np.zeros(len(old), dtype=np.bool_),
         np.setdiff1d(np.arange(len(left.key)), old),
         np.setdiff1d(np.arange(len(right.key)), new),
+        DUMP in (golden.header.kind, candidate.header.kind),
     )
     lines = zip(*pairs.line_pairs(np.arange(len(old))), strict=True)
     equal = [a.c == b.c and a.d == b.d and a.s == b.s for a, b in lines]
     pairs.is_equal[:] = equal
     return pairs
+
+
+def row_names(*captures: CaptureFile) -> list[str]:
+    """Names that globs in rules are matched with, of all rows of some captures."""
+    found = {
+        RowId(call.c, slot, capture.tensors[number].g, step).text: None
+        for capture in captures
+        for step, call in capture.calls()
+        for slots in (call.i, call.o)
+        for slot, ids in slots.items()
+        for number in ids
+    }
+    return list(found)
+
+
+def _rename(
+    golden: _Uses, candidate: _Uses, words: Vocabulary, renames: Mapping[str, str]
+) -> None:
+    """Gives rows of the candidate the place and slot of rows of the golden."""
+    slots = list(words.slots)
+    wanted = set(renames.values())
+    places: dict[str, tuple[int, int]] = {}
+    for i in range(len(golden.call)):
+        name = f"{golden.calls[golden.call[i]].c}.{slots[golden.slot[i]]}"
+        if name in wanted:
+            places.setdefault(name, (int(golden.place[i]), int(golden.slot[i])))
+    for i in range(len(candidate.call)):
+        name = f"{candidate.calls[candidate.call[i]].c}.{slots[candidate.slot[i]]}"
+        target = places.get(renames.get(name, ""))
+        if target is not None:
+            candidate.place[i], candidate.slot[i] = target
 
 
 def distinct(pairs: Pairs, index: _I64) -> tuple[_I64, _I64]:

@@ -6,35 +6,46 @@ rules in the order of the file, then a test's marker, then the call. A later rul
 """
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
 import numpy as np
 import numpy.typing as npt
 
+from pytest_msprobe.compare.match import Columns
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.limits import ROW_METRICS, KeyMode, Rule
 from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
 
 DEFAULT = "default"
-# Starting points; docs/tolerances.md says what was measured.
+_NEAREST = 3
+# One unit in the last place, relative, of the types that a mean is rounded to.
+_ROUNDING = {"bf16": 2.0**-7, "f16": 2.0**-10, "f32": 2.0**-23}
+# docs/tolerances.md says what was measured (benchmarks/noise.py).
 _SAME = {
+    "float16": {"rel_l2": 1e-3, "max": 1e-3, "min": 1e-3, "norm": 1e-3, "mean": 1e-3},
     "bfloat16": {"rel_l2": 1e-3, "max": 1e-3, "min": 1e-3, "norm": 1e-3, "mean": 1e-3},
     "float32": {"rel_l2": 1e-5, "max": 1e-5, "min": 1e-5, "norm": 1e-5, "mean": 1e-5},
 }
 _RESCHEDULED = {
+    "float16": dict.fromkeys(ROW_METRICS, 2e-3),
     "bfloat16": dict.fromkeys(ROW_METRICS, 1e-2),
     "float32": dict.fromkeys(ROW_METRICS, 1e-4),
 }
 _CROSS = {
+    # An eighth of bfloat16's, as its rounding is, but no less than for the same key.
+    "float16": {"rel_l2": 6e-3, "max": 5e-3, "min": 5e-3, "norm": 3e-3, "mean": 2e-3},
     "bfloat16": {"rel_l2": 5e-2, "max": 4e-2, "min": 4e-2, "norm": 2e-2, "mean": 1e-2},
     "float32": {"rel_l2": 1e-3, "max": 1e-3, "min": 1e-3, "norm": 1e-3, "mean": 1e-3},
 }
 _LOGPROB = {
     ("same", "bfloat16"): 1e-3,
     ("cross", "bfloat16"): 5e-2,
+    ("same", "float16"): 1e-3,
+    ("cross", "float16"): 1e-2,
     ("same", "float32"): 1e-4,
     ("cross", "float32"): 5e-3,
 }
@@ -45,7 +56,9 @@ def dtype_class(model_dtype: str) -> str:
 
     Inside a bfloat16 model a float32 row is computed from bfloat16 values.
     """
-    return "float32" if model_dtype in ("float32", "float64") else "bfloat16"
+    if model_dtype in ("float32", "float64"):
+        return "float32"
+    return "float16" if model_dtype == "float16" else "bfloat16"
 
 
 def default_limits(
@@ -75,20 +88,26 @@ class ResolvedLimits:
 
     Attributes:
         limits: (n,) by metric, storage floor not included.
+        absolute: (n,) by metric, what each element may differ by in addition, in the
+            tensors' unit.
         origins: (n,) index into `sources` by metric.
         sources: Origins of limits.
-        is_ignored: (n,) rows that are not judged.
+        is_ignored: (n,) rows that are not judged: a rule ignores them, or there are
+            `only` rules and none names them.
         is_exact: (n,) rows that must have equal checksums.
+        exact_origins: (n,) index into `sources` of the rule that says so.
         logprob: Limit of the difference of log-probabilities.
         moved_logprob: The same for tokens computed under another scheduling.
         unmatched: Rules whose glob matches none of the rows.
     """
 
     limits: dict[str, npt.NDArray[np.float64]]
+    absolute: dict[str, npt.NDArray[np.float64]]
     origins: dict[str, npt.NDArray[np.int64]]
     sources: list[str]
     is_ignored: npt.NDArray[np.bool_]
     is_exact: npt.NDArray[np.bool_]
+    exact_origins: npt.NDArray[np.int64]
     logprob: float
     moved_logprob: float
     unmatched: list[Rule]
@@ -96,6 +115,10 @@ class ResolvedLimits:
     def origin(self, metric: str, row: int) -> str:
         """Origin of the limit of one row and metric."""
         return self.sources[int(self.origins[metric][row])]
+
+    def exact_origin(self, row: int) -> str:
+        """Origin of the rule that one row must be exactly equal."""
+        return self.sources[int(self.exact_origins[row])]
 
 
 def resolve_limits(
@@ -121,35 +144,54 @@ def resolve_limits(
     is_moved, moved_defaults = moved or (np.zeros(size, np.bool_), defaults)
     result = ResolvedLimits(
         {m: np.where(is_moved, moved_defaults[m], defaults[m]) for m in ROW_METRICS},
+        {m: np.zeros(size) for m in ROW_METRICS},
         {m: np.zeros(size, dtype=np.int64) for m in ROW_METRICS},
         sources,
         np.zeros(size, dtype=np.bool_),
         np.zeros(size, dtype=np.bool_),
+        np.zeros(size, dtype=np.int64),
         defaults["logprob"],
         moved_defaults["logprob"],
         [],
     )
+    only: npt.NDArray[np.bool_] | None = None
     for rule in rules:
-        mask = _matching(rule, names)
+        mask = matching(rule, names)
         if not mask.any():
             result.unmatched.append(rule)
         if rule.mode not in (None, mode):
             continue
-        sources.append(rule.origin)
-        for metric, limit in rule.limits.items():
-            if metric == "logprob":
-                result.logprob = result.moved_logprob = limit
-                continue
-            result.limits[metric][mask] = limit
-            result.origins[metric][mask] = len(sources) - 1
-        if rule.ignore:
-            result.is_ignored |= mask
-        if rule.exact:
-            result.is_exact |= mask
+        _apply(rule, mask, result)
+        if rule.only:
+            only = mask if only is None else only | mask
+    if only is not None:
+        result.is_ignored |= ~only
     return result
 
 
-def _matching(rule: Rule, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+def _apply(rule: Rule, mask: npt.NDArray[np.bool_], result: ResolvedLimits) -> None:
+    """Applies one rule to the rows that it names."""
+    result.sources.append(rule.origin)
+    if "logprob" in rule.limits:
+        result.logprob = result.moved_logprob = rule.limits["logprob"]
+    limits = {**dict.fromkeys(ROW_METRICS, rule.limits.get("rtol")), **rule.limits}
+    for metric in ROW_METRICS:
+        limit = limits[metric]
+        if limit is None:
+            continue
+        is_pair = metric not in rule.limits
+        result.limits[metric][mask] = limit
+        result.absolute[metric][mask] = rule.limits["atol"] if is_pair else 0.0
+        result.origins[metric][mask] = len(result.sources) - 1
+    if rule.ignore:
+        result.is_ignored |= mask
+    if rule.exact:
+        result.is_exact |= mask
+        result.exact_origins[mask] = len(result.sources) - 1
+
+
+def matching(rule: Rule, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which rows a rule's glob names."""
     if rule.rows == "*":
         return np.ones(len(names), dtype=np.bool_)
     match = re.compile(translate(rule.rows)).match
@@ -157,24 +199,77 @@ def _matching(rule: Rule, names: Sequence[str]) -> npt.NDArray[np.bool_]:
     return np.fromiter(matches, np.bool_, len(names))
 
 
+def unmatched_rules(rules: Iterable[Rule], names: Sequence[str]) -> list[Rule]:
+    """Rules whose glob names none of the rows."""
+    return [rule for rule in rules if not matching(rule, names).any()]
+
+
 def unmatched_error(rule: Rule, names: Sequence[str]) -> ConfigError:
-    """The error for a rule that matches no row, with the nearest row name."""
-    near = difflib.get_close_matches(rule.rows, names, n=1, cutoff=0.0)
+    """The error for a rule that matches no row, with the nearest row names."""
+    # Layers and steps repeat the same names with other numbers: one of each is enough.
+    kinds = list({re.sub(r"\d+", "0", name): name for name in reversed(names)}.values())
+    near = difflib.get_close_matches(rule.rows, kinds, n=_NEAREST, cutoff=0.0)
     message = f"{rule.origin}: rows {rule.rows!r} matches no row"
-    hint = f"the nearest row is {near[0]}" if near else "there are no rows"
+    hint = f"the nearest rows are {', '.join(near)}" if near else "there are no rows"
     return ConfigError(message, slug="rule-unmatched", hint=hint)
 
 
-def with_floor(
-    limit: npt.NDArray[np.float64], metric: str, is_coarse: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float64]:
-    """A limit with the error of stored sketches added where it plays a part.
+def floors(
+    old: Columns, new: Columns, *, is_dump: bool
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What storing numbers adds to the limit of each metric.
 
     Args:
-        limit: (n,) limits.
-        metric: Only rel_l2 is computed from sketches.
-        is_coarse: (n,) rows where one side has a sketch of int16.
+        old: The golden's rows.
+        new: The candidate's.
+        is_dump: One side is a dump, whose means and norms may be rounded to the dtype.
     """
-    if metric != "rel_l2":
-        return limit
-    return np.where(is_coarse, limit + STORAGE_FLOOR, limit)
+    size = len(old.codes)
+    is_coarse = ~(np.isnan(old.scales) & np.isnan(new.scales))
+    result = {metric: np.zeros(size) for metric in ROW_METRICS}
+    result["rel_l2"] = np.where(is_coarse, STORAGE_FLOOR, 0.0)
+    if is_dump:
+        steps = [_ROUNDING.get(code, 0.0) for code in old.codes]
+        result["norm"] = result["mean"] = np.array(steps)
+    return result
+
+
+def common_glob(names: Sequence[str]) -> str:
+    """A glob that names all of some rows: what they begin and end with."""
+    first = _common_start(names)
+    if all(name == first for name in names):
+        return _escape(first)
+    tails = [name[len(first) :][::-1] for name in names]
+    return f"{_escape(first)}*{_escape(_common_start(tails)[::-1])}"
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    low, high = min(texts), max(texts)
+    pairs = enumerate(zip(low, high, strict=False))
+    size = next((i for i, (a, b) in pairs if a != b), len(low))
+    return low[:size]
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def rule_text(rows: str, mode: KeyMode, limits: Mapping[str, float]) -> str:
+    """An entry of `tolerances: rules:` as YAML, its limits rounded up.
+
+    Rounding adds less than 0.1 %, so that 99 % of a limit no longer suffices.
+    """
+    parts = [f'rows: "{rows}"', f"mode: {mode}"]
+    parts += [f"{name}: {_round_up(limit)}" for name, limit in limits.items()]
+    return f"- {{{', '.join(parts)}}}"
+
+
+def _round_up(value: float) -> str:
+    """A number with at most four digits that is not below the value."""
+    if not math.isfinite(value) or value == 0.0:
+        return ".inf" if value else "0.0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    text = f"{math.ceil(value / unit) * unit:.3e}"
+    while float(text) < value:
+        text = f"{float(text) + unit:.3e}"
+    return text

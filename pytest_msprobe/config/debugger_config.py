@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_msprobe.config.source import KeyPath, Source, describe
+from pytest_msprobe.config.source import Source, describe
+from pytest_msprobe.config.toml import KeyPath
 
 Task = Literal["statistics", "tensor", "structure"]
 Level = Literal["L0", "L1", "mix"]

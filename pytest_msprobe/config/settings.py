@@ -12,13 +12,18 @@ from pytest_msprobe.config.debugger_config import (
     parse_debugger_config,
 )
 from pytest_msprobe.config.source import (
-    KeyPath,
     Source,
     describe,
     read_source,
     require_keys,
 )
-from pytest_msprobe.model.limits import LIMIT_NAMES, KeyMode, Rule
+from pytest_msprobe.config.toml import KeyPath
+from pytest_msprobe.model.limits import (
+    RULE_KEYS,
+    KeyMode,
+    Rule,
+    has_half_a_pair,
+)
 
 SECTIONS = ("capture", "engine", "tolerances", "golden")
 # Keys of the sections statistics, tensor and structure; the second line's are known
@@ -27,6 +32,8 @@ TASK_KEYS = (
     *("scope", "list", "tensor_list", "data_mode", "summary_mode"),
     *("slice", "request_id", "bench_path", "diff_nums"),
 )
+# What a rule can say besides limits.
+FLAGS = ("ignore", "exact", "only")
 ALL_STEPS = -1
 DEFAULT_DECODE_STEPS = 2
 DEFAULT_SIZE_WARNING_BYTES = 1_000_000
@@ -91,8 +98,8 @@ def read_settings(path: Path) -> Settings:
     """Reads a configuration file.
 
     Args:
-        path: An msProbe config.json, or YAML with the sections `capture`, `engine`,
-            `tolerances` and `golden`.
+        path: An msProbe config.json, or YAML or `[tool.msprobe]` of a pyproject.toml
+            with the sections `capture`, `engine`, `tolerances` and `golden`.
 
     Raises:
         ConfigError: One line with file, line or key, and what was expected.
@@ -242,8 +249,8 @@ def _read_tolerances(source: Source) -> tuple[Rule, ...]:
 def _read_rule(source: Source, key: KeyPath, data: Any, mode: KeyMode | None) -> Rule:
     if not isinstance(data, dict):
         raise source.error(key, f"expected metrics and limits, found {describe(data)}")
-    own = ["rows", "mode", "ignore", "exact"] if mode is None else []
-    require_keys(source, key, data, [*LIMIT_NAMES, *own])
+    own = ["rows", "mode", *FLAGS] if mode is None else []
+    require_keys(source, key, data, [*RULE_KEYS, *own])
     values = dict(data)
     rows = values.pop("rows", "*")
     if not isinstance(rows, str) or not rows:
@@ -257,17 +264,17 @@ def _read_rule(source: Source, key: KeyPath, data: Any, mode: KeyMode | None) ->
                 (*key, "mode"), f"expected same or cross, found {describe(mode)}"
             )
     flags = {}
-    for name in ("ignore", "exact"):
+    for name in FLAGS:
         flags[name] = values.pop(name, False)
         if not isinstance(flags[name], bool):
             found = describe(flags[name])
             raise source.error((*key, name), f"expected true or false, found {found}")
     limits = {name: _read_limit(source, (*key, name), v) for name, v in values.items()}
     if not limits and not any(flags.values()):
-        raise source.error(key, "expected a limit, ignore or exact")
-    line = source.lines.get(key)
-    origin = f"{source.path.name if source.path else 'configuration'}:{line}"
-    return Rule(origin, rows, mode, limits, flags["ignore"], flags["exact"])
+        raise source.error(key, f"expected a limit, {' or '.join(FLAGS)}")
+    if has_half_a_pair(limits):
+        raise source.error(key, "expected both rtol and atol, or neither")
+    return Rule(source.origin(key), rows, mode, limits, **flags)
 
 
 def _read_limit(source: Source, key: KeyPath, value: Any) -> float:

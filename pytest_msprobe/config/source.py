@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
+from pytest_msprobe.config.toml import KeyPath, read_table
 from pytest_msprobe.errors import ConfigError
-
-KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,13 @@ class Source:
             place = f"{place}:{line}"
         return f"{place}: {text}" if text else place
 
+    def origin(self, key: KeyPath) -> str:
+        """`file:line` of a key, or of the nearest one around it."""
+        while key and key not in self.lines:
+            key = key[:-1]
+        name = self.path.name if self.path else "configuration"
+        return f"{name}:{self.lines[key]}" if key else name
+
     def error(
         self, key: KeyPath, expected: str, *, slug: str = "config"
     ) -> ConfigError:
@@ -47,7 +53,7 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Reads a configuration file by its ending: `.json`, `.yaml` or `.yml`.
+    """Reads a configuration file by its ending: `.json`, `.yaml`, `.yml` or `.toml`.
 
     Raises:
         ConfigError: The file is missing, unreadable, not valid, holds a key twice
@@ -63,7 +69,9 @@ def read_source(path: Path) -> Source:
         return _read_json(path, text)
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path, text)
-    message = f"{path}: ending {path.suffix!r}; expected .json, .yaml or .yml"
+    if path.suffix == ".toml":
+        return Source(path, *read_table(path, text))
+    message = f"{path}: ending {path.suffix!r}; expected .json, .yaml, .yml or .toml"
     raise ConfigError(message, slug="config-ending")
 
 

@@ -6,6 +6,8 @@ A golden has the same format (docs/formats.md). The first line is the header; th
 tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMAT - 1.
 """
 
+import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,13 @@ import msgspec
 from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.model import dtypes
 
-FORMAT = 1
+FORMAT = 2
 OLDEST_READABLE = 1
+# Kind of a capture that was read from dump.json files: it has no sketches.
+DUMP = "dump"
 FILE_NAME = "capture.rank{rank}.jsonl"
 
+_SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
 _CLASS_CODES = {"token": "t", "sample": "s", "neither": "n"}
 _CLASSES = {code: name for name, code in _CLASS_CODES.items()}
 
@@ -62,6 +67,8 @@ class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         weights: Checksums of parameters, by module and parameter.
         sharded: Of a capture combined from several ranks: `call:slot` of the rows that
             could not be.
+        noise: Of a calibrated golden: `runs`, what was changed in them, and `logprob`,
+            the greatest difference of a token's log-probability among them.
     """
 
     msprobe: int
@@ -77,6 +84,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     left_out: dict[str, int] = {}
     weights: dict[str, dict[str, str]] = {}
     sharded: list[str] = []
+    noise: dict[str, Any] = {}
 
 
 class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -93,6 +101,8 @@ class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
         c: Checksum, 16 hexadecimal digits.
         q: Sketch in base 85; absent for a single element, which the maximum gives.
         a: Scale of a 16-bit sketch.
+        n: Noise of a calibrated golden: the greatest rel_l2, max, min, norm and mean
+            among its runs; absent where all are 0.
     """
 
     t: int
@@ -105,6 +115,7 @@ class TensorLine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     x: list[int] = []
     q: str = ""
     a: float | None = None
+    n: list[float] = []
 
     @property
     def row_class(self) -> str:
@@ -285,7 +296,25 @@ def read_capture(path: Path) -> CaptureFile:
         raise DumpFormatError(message, slug="capture-unreadable") from error
     first, _, rest = content.partition(b"\n")
     result = CaptureFile(_decode_header(path, first), path=path)
-    for number, line in enumerate(rest.split(b"\n"), start=2):
+    with _without_collector():
+        _read_lines(result, path, rest)
+    return result
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps Python from looking for garbage among many new objects, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_lines(result: CaptureFile, path: Path, content: bytes) -> None:
+    for number, line in enumerate(content.split(b"\n"), start=2):
         if not line:
             continue
         decoder = _DECODERS.get(line[:4])
@@ -299,15 +328,16 @@ def read_capture(path: Path) -> CaptureFile:
         except (msgspec.MsgspecError, DumpFormatError) as error:
             message = f"{path}:{number}: {error}"
             raise DumpFormatError(message, slug="capture-format") from error
-    return result
 
 
 def _add(result: CaptureFile, entry: Line) -> None:
     if isinstance(entry, TensorLine):
-        wide = dtypes.BY_CODE.get(entry.d) is not None and dtypes.is_sketched(
-            dtypes.BY_CODE[entry.d].name
-        )
-        if entry.k not in _CLASSES or len(entry.v) != (4 if wide else 2):
+        size = 4 if entry.d in _SKETCHED else 2
+        if (
+            entry.k not in _CLASSES
+            or len(entry.v) != size
+            or len(entry.n) not in (0, 5)
+        ):
             raise DumpFormatError(f"tensor {entry.t} has a wrong class or numbers")
         result.tensors[entry.t] = entry
         return

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the goldens of a test lie, and which of its variants is taken."""
 
+import glob
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_msprobe.dump.capture import read_header
 from pytest_msprobe.golden.key import device_kind
 
 SUFFIX = ".jsonl"
@@ -19,6 +21,20 @@ def safe_name(text: str) -> str:
     if safe == text and safe not in ("", ".", ".."):
         return safe
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def captures_of(first: Path, test: str) -> list[Path]:
+    """Goldens of all captures of a test, its first and those with names.
+
+    Args:
+        first: Folder of the goldens of its first capture.
+        test: Its node id.
+    """
+    # Names that were changed end with a hash of their own.
+    name = re.sub(r"-[0-9a-f]{8}$", "", first.name)[: _LONGEST - 1]
+    folders = first.parent.glob(f"{glob.escape(name)}*")
+    paths = (path for folder in sorted(folders) for path in folder.glob(f"*{SUFFIX}"))
+    return [path for path in paths if read_header(path).test == test]
 
 
 def test_folder(directory: Path, test_file: str, test_name: str) -> Path:

@@ -8,8 +8,8 @@ import msgspec
 
 from pytest_msprobe.model.limits import KeyMode, Rule
 
-SCHEMA = 2
-OLDEST_READABLE = 1
+SCHEMA = 3
+OLDEST_READABLE = 2
 
 Status = Literal["pass", "changed", "fail", "incomparable", "missing"]
 DivergenceKind = Literal["origin", "drift", "weights", "inputs"]
@@ -54,6 +54,8 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         ratio: Observed / allowed.
         rule: Origin of the limit, file:line or `default`.
         detail: What differs where a number does not tell, e.g. dtypes.
+        noise: The golden's own noise as a share of the limit, unitless.
+        element: Index of the worst element, where whole tensors were compared.
     """
 
     row: RowId
@@ -63,6 +65,8 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     ratio: float | str
     rule: str
     detail: str = ""
+    noise: float = 0.0
+    element: list[int] | None = None
 
 
 class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -123,6 +127,7 @@ class AppliedRule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
         limits: Limit of each metric it sets; infinity as text.
         ignore: Rows are not judged.
         exact: Rows must have equal checksums.
+        only: Rows that no such rule names are not judged.
     """
 
     origin: str
@@ -131,17 +136,20 @@ class AppliedRule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     limits: dict[str, float | str] = {}
     ignore: bool = False
     exact: bool = False
+    only: bool = False
 
     @classmethod
     def of(cls, rule: Rule) -> Self:
         """The record of a rule."""
         limits = {name: portable(limit) for name, limit in rule.limits.items()}
-        return cls(rule.origin, rule.rows, rule.mode, limits, rule.ignore, rule.exact)
+        flags = rule.ignore, rule.exact, rule.only
+        return cls(rule.origin, rule.rows, rule.mode, limits, *flags)
 
     def rule(self) -> Rule:
         """The rule that was recorded."""
         limits = {name: float(limit) for name, limit in self.limits.items()}
-        return Rule(self.origin, self.rows, self.mode, limits, self.ignore, self.exact)
+        flags = self.ignore, self.exact, self.only
+        return Rule(self.origin, self.rows, self.mode, limits, *flags)
 
 
 class Verdict(msgspec.Struct, forbid_unknown_fields=True):
@@ -175,6 +183,9 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         rank: Rank.
         rules: Tolerances beyond the defaults, in the order in which they apply.
         command: Command that accepts what was captured; empty where it is not known.
+        would_pass: Entry of `tolerances: rules:` with which it would pass, empty where
+            no tolerance could let it.
+        noisy: Rows whose limit is raised by the golden's noise.
     """
 
     test: str
@@ -202,6 +213,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     rank: int = 0
     rules: list[AppliedRule] = []
     command: str = ""
+    would_pass: str = ""
+    noisy: int = 0
 
     @property
     def is_green(self) -> bool:

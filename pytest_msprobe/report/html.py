@@ -31,6 +31,7 @@ def _finding_row(finding: Finding) -> str:
         f'<td class="number">{number(finding.allowed)}</td>',
         f'<td class="number">{escape(times(finding.ratio))}</td>',
         f"<td>{escape(finding.rule)}</td>",
+        f'<td class="number">{finding.noise:.0%}</td>',
     )
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -45,10 +46,13 @@ def _section(verdict: Verdict) -> str:
     ]
     parts += [f"<p>{escape(text)}</p>" for text in [*verdict.notes, *verdict.reasons]]
     if verdict.worst:
-        names = ("row", "metric", "observed", "allowed", "ratio", "rule")
+        names = ("row", "metric", "observed", "allowed", "ratio", "rule", "noise/limit")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(_finding_row(finding) for finding in verdict.worst)
         parts.append(f"<table><tr>{head}</tr>{rows}</table>")
+    if verdict.would_pass:
+        text = f"<code>{escape(verdict.would_pass)}</code>"
+        parts.append(f"<p>It would pass with, under tolerances: rules: {text}</p>")
     if verdict.changes:
         items = "".join(
             f"<li>{escape(str(name))}: {escape(str(old))} → {escape(str(new))}</li>"

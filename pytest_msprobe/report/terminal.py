@@ -92,19 +92,24 @@ def _table(findings: Sequence[Finding], first: Finding | None) -> list[str]:
     shown += [f for f in findings if first is None or f.row != first.row][:_WORST]
     if not shown:
         return []
-    rows = [("row", "metric", "observed", "allowed", "ratio", "rule")]
+    head = ["row", "metric", "observed", "allowed", "ratio", "rule"]
+    has_noise = any(finding.noise for finding in shown)
+    has_elements = any(finding.element is not None for finding in shown)
+    head += ["noise/limit"] * has_noise + ["worst element"] * has_elements
+    rows = [tuple(head)]
     for finding in shown:
         name = display_name(finding.row.call)
-        rows.append(
-            (
-                f"{name} {finding.row.slot} {finding.row.segment}".rstrip(),
-                finding.metric,
-                finding.detail or number(finding.observed),
-                "-" if finding.detail else number(finding.allowed),
-                "-" if finding.detail else times(finding.ratio),
-                finding.rule,
-            )
-        )
+        cells = [
+            f"{name} {finding.row.slot} {finding.row.segment}".rstrip(),
+            finding.metric,
+            finding.detail or number(finding.observed),
+            "-" if finding.detail else number(finding.allowed),
+            "-" if finding.detail else times(finding.ratio),
+            finding.rule,
+        ]
+        cells += [f"{finding.noise:.0%}"] * has_noise
+        cells += [str(finding.element or "-")] * has_elements
+        rows.append(tuple(cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  "
@@ -168,7 +173,11 @@ def render_failure(verdict: Verdict, *, update_command: str | None) -> str:
     first = verdict.divergence.finding if verdict.divergence is not None else None
     lines += _table(verdict.worst, first)
     lines += _provenance(verdict)
+    allowed = []
+    if verdict.would_pass:
+        allowed = [f"it would pass with, under tolerances: rules: {verdict.would_pass}"]
     ends = [
+        *allowed,
         f"golden:  {verdict.golden} ({verdict.golden_key})",
         f"capture: {verdict.capture} ({verdict.key})",
         *meant,

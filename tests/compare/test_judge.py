@@ -8,6 +8,7 @@ import captures
 import msgspec
 import numpy as np
 import pytest
+import yaml
 from captures import KEY, OTHER_KEY, Network, capture, module, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -782,6 +783,111 @@ def test_exact_rows_need_equal_checksums():
 
     assert verdict.status == "fail"
     assert verdict.worst[0].metric == "checksum"
+
+
+def test_an_absolute_limit_forgives_what_elements_may_differ_by():
+    """Rtol and atol allow what they allow each element, also where the golden is 0."""
+    zero, small = np.zeros((4, 8)), np.full((4, 8), 1e-4)
+    # The distance is an estimate: it is left to its own limit.
+    allowed = Rule("r", limits={"rtol": 0.0, "atol": 1.01e-4, "rel_l2": np.inf})
+    too_little = Rule("r", limits={"rtol": 0.0, "atol": 0.9e-4, "rel_l2": np.inf})
+
+    assert verdict_of(single(zero), single(small)).status == "fail"
+    assert verdict_of(single(zero), single(small), allowed).is_green
+    assert verdict_of(single(zero), single(small), too_little).status == "fail"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.0, 0.1), st.floats(1e-6, 0.1), st.integers(0, 2**32 - 1))
+def test_what_allclose_allows_is_allowed(rtol, atol, seed):
+    """Elements within rtol and atol of the golden's never fail, whatever the metric."""
+    generator = np.random.default_rng(seed)
+    golden = generator.standard_normal((4, 8)).astype(np.float32).astype(np.float64)
+    # The distance is an estimate: it is left to its own limit.
+    rule = Rule("r", limits={"rtol": rtol, "atol": atol, "rel_l2": np.inf})
+    allowed = 0.999 * (atol + rtol * np.abs(golden))
+    candidate = golden + allowed * generator.uniform(-1, 1, golden.shape)
+
+    verdict = verdict_of(single(golden), single(candidate), rule)
+
+    assert verdict.is_green, verdict.worst
+
+
+def test_only_rules_leave_the_other_rows_out():
+    """Rows that no `only` rule names are not judged, and may be missing."""
+    rule = Rule("r", rows="Module.a.*", only=True)
+
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after="c"), rule)
+
+    assert verdict.is_green
+    assert verdict.judged == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["a", "b.x", "c", "model"]),
+    st.floats(1.002, 3.0),
+    st.sampled_from([(), (Rule("loose", rows="*b.y*", limits={"norm": 10.0}),)]),
+)
+def test_the_printed_rule_lets_a_verdict_pass(after, factor, rules):
+    """With the rule that a failing verdict names it passes, with 99 % it fails."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after=after, factor=factor)
+    failing = verdict_of(golden, candidate, *rules)
+    (entry,) = yaml.safe_load(failing.would_pass)
+    rows, mode = entry.pop("rows"), entry.pop("mode")
+
+    def judged_with(share):
+        limits = {name: share * float(limit) for name, limit in entry.items()}
+        rule = Rule("printed", rows, mode, limits)
+        return verdict_of(golden, candidate, *rules, rule)
+
+    assert failing.status == "fail"
+    assert judged_with(1.0).is_green
+    assert judged_with(0.99).status == "fail"
+
+
+def test_the_printed_rule_covers_log_probabilities():
+    """Where tokens moved by too much, the rule says by how much they may."""
+    golden = NETWORK.run(requests=[request(logprobs=(-0.1, -0.2))])
+    candidate = NETWORK.run(requests=[request(logprobs=(-0.1, -0.4))])
+
+    failing = verdict_of(golden, candidate)
+    (entry,) = yaml.safe_load(failing.would_pass)
+
+    assert set(entry) == {"rows", "mode", "logprob"}
+    rule = Rule("r", limits={"logprob": float(entry["logprob"])})
+    assert verdict_of(golden, candidate, rule).is_green
+
+
+def test_no_rule_is_printed_where_none_would_do():
+    """Missing rows, other shapes, NaN and exact rows have no tolerance."""
+    golden = np.ones((4, 8))
+    broken = np.where(np.arange(32).reshape(4, 8) == 3, np.nan, golden)
+    exact = Rule("r", exact=True)
+
+    assert verdict_of(single(golden), single(broken)).would_pass == ""
+    assert verdict_of(single(golden), single(golden[:3])).would_pass == ""
+    assert verdict_of(single(golden), single(golden * 1.00001), exact).would_pass == ""
+    assert verdict_of(NETWORK.run(), single(golden)).would_pass == ""
+
+
+def test_noise_of_the_golden_raises_limits():
+    """A row's limit is the larger of the rule and four times its golden's noise."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="c", factor=1.004)
+    for line in golden.tensors.values():
+        line.n = [0.0009] * 5
+    noisy = verdict_of(golden, candidate)
+    for line in golden.tensors.values():
+        line.n = [0.0012] * 5
+    raised = verdict_of(golden, candidate)
+
+    assert noisy.status == "fail"
+    assert noisy.worst[0].allowed == pytest.approx(0.0036, rel=0.05)
+    assert noisy.worst[0].noise == pytest.approx(0.25, rel=0.05)
+    assert noisy.worst[0].rule == "noise x4, above default"
+    assert raised.is_green
+    assert raised.noisy == 2
+    assert any("2 rows have their limits from the noise" in n for n in raised.notes)
 
 
 def test_unmatched_rules_are_returned():

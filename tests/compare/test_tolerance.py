@@ -3,12 +3,20 @@
 
 import numpy as np
 import pytest
+import yaml
+from captures import tensor_line
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pytest_msprobe.compare.match import columns_of
 from pytest_msprobe.compare.tolerance import (
+    common_glob,
     default_limits,
+    floors,
+    matching,
     resolve_limits,
+    rule_text,
     unmatched_error,
-    with_floor,
 )
 from pytest_msprobe.model.limits import LIMIT_NAMES, ROW_METRICS, Rule
 
@@ -63,17 +71,29 @@ def test_the_nearest_row_is_named():
     text = str(unmatched_error(rule, NAMES))
 
     assert text.startswith("f:3: rows 'Module.aa.")
-    assert f"the nearest row is {NAMES[0]}" in text
+    assert f"the nearest rows are {NAMES[0]}" in text
 
 
 def test_the_floor_of_storage_is_added_to_the_sketchs_metric():
     """Only rel_l2 is computed from stored sketches, and only int16 ones are coarse."""
-    limit = np.array([1e-3, 1e-3])
-    is_coarse = np.array([True, False])
+    lines = [tensor_line(0, np.ones((2, 2)), kind=kind) for kind in "tn"]
+    columns = columns_of(lines)
 
-    for metric in ROW_METRICS:
-        raised = with_floor(limit, metric, is_coarse) > limit
-        assert raised.tolist() == [metric == "rel_l2", False]
+    found = floors(columns, columns, is_dump=False)
+
+    assert {name for name in ROW_METRICS if found[name].any()} == {"rel_l2"}
+    assert (found["rel_l2"] > 0).tolist() == [True, False]
+
+
+def test_means_and_norms_of_a_dump_may_be_rounded_to_the_dtype():
+    """One unit in the last place of its dtype is added; extremes are exact."""
+    lines = [tensor_line(0, np.ones((2, 2)), kind=kind) for kind in "tn"]
+    columns = columns_of(lines)
+
+    found = floors(columns, columns, is_dump=True)
+
+    assert found["mean"].tolist() == found["norm"].tolist() == [2.0**-7, 2.0**-23]
+    assert not found["max"].any()
 
 
 def test_rows_of_another_scheduling_have_their_own_defaults():
@@ -89,3 +109,50 @@ def test_rows_of_another_scheduling_have_their_own_defaults():
     assert limits.limits["norm"].tolist() == [same["norm"], moved["norm"]]
     assert limits.limits["max"].tolist() == [0.5, 0.5]
     assert (limits.logprob, limits.moved_logprob) == (0.25, 0.25)
+
+
+def test_rtol_and_atol_stand_for_all_row_metrics():
+    """A pair sets the limit of every metric; a metric's own limit replaces it."""
+    rules = [
+        Rule("a", limits={"rtol": 0.1, "atol": 0.2, "max": 0.3}),
+        Rule("b", rows="Module.b.*", limits={"norm": 0.4}),
+    ]
+
+    limits = resolve_limits(NAMES, rules, default_limits("same", "bfloat16"), "same")
+
+    assert limits.limits["mean"].tolist() == [0.1, 0.1]
+    assert limits.absolute["mean"].tolist() == [0.2, 0.2]
+    assert (limits.limits["max"][0], limits.absolute["max"][0]) == (0.3, 0.0)
+    assert limits.limits["norm"].tolist() == [0.1, 0.4]
+    assert limits.absolute["norm"].tolist() == [0.2, 0.0]
+    assert limits.origin("norm", 1) == "b"
+
+
+def test_only_leaves_all_other_rows_out():
+    """Rows that no `only` rule of this key relation names are not judged."""
+    rules = [
+        Rule("a", rows="Module.a.*", only=True),
+        Rule("b", rows="*.nothing", only=True, mode="cross"),
+    ]
+    defaults = default_limits("same", "bfloat16")
+
+    same = resolve_limits(NAMES, rules, defaults, "same")
+    none = resolve_limits(NAMES, [], defaults, "same")
+
+    assert same.is_ignored.tolist() == [False, True]
+    assert none.is_ignored.tolist() == [False, False]
+
+
+@given(st.lists(st.text("ab.*?[0", min_size=1, max_size=6), min_size=1, max_size=5))
+def test_a_common_glob_names_all_of_its_rows(names):
+    """Whatever the rows are called, the glob matches each of them."""
+    assert matching(Rule("", common_glob(names)), names).all()
+
+
+@given(st.floats(1e-12, 1e6))
+def test_a_printed_limit_is_just_above_what_is_needed(limit):
+    """The line is YAML; its limit suffices and 99 % of it does not."""
+    (entry,) = yaml.safe_load(rule_text("Module.*", "same", {"norm": limit}))
+
+    assert float(entry["norm"]) >= limit > 0.99 * float(entry["norm"])
+    assert (entry["rows"], entry["mode"]) == ("Module.*", "same")

@@ -50,6 +50,60 @@ def test_yaml_sections(tmp_path):
     assert settings.golden.decode_steps == -1
 
 
+PYPROJECT = """
+[project]
+name = "x"
+
+[tool.msprobe.engine]
+model = "any"
+
+[tool.msprobe.tolerances]
+same = {rel_l2 = 1e-2}
+
+[[tool.msprobe.tolerances.rules]]
+rows = "*mlp*"
+rtol = 1e-2
+atol = 1e-3
+
+[[tool.msprobe.tolerances.rules]]
+only = true
+"""
+
+
+def test_settings_may_live_in_pyproject(tmp_path):
+    """`[tool.msprobe]` has the same sections, and its rules their own lines."""
+    settings = read_settings(write(tmp_path, PYPROJECT, "pyproject.toml"))
+
+    assert settings.engine.arguments["model"] == "any"
+    assert [rule.origin for rule in settings.rules] == [
+        "pyproject.toml:9",
+        "pyproject.toml:11",
+        "pyproject.toml:16",
+    ]
+    assert settings.rules[1].limits == {"rtol": 0.01, "atol": 0.001}
+    assert settings.rules[2].only
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "phrase"),
+    [
+        ('"*mlp*"', '"*mlp*', "not valid TOML"),
+        ("msprobe", "other", "[tool.msprobe]: not there"),
+        ("atol = 1e-3", "", "pyproject.toml:11: tolerances.rules.0: expected both"),
+        ("rtol", "rrtol", "pyproject.toml:13: tolerances.rules.0.rrtol: unknown"),
+    ],
+)
+def test_mistakes_in_pyproject_are_named(tmp_path, old, new, phrase):
+    """A wrong table is one line with file and line."""
+    assert old in PYPROJECT
+    path = write(tmp_path, PYPROJECT.replace(old, new), "pyproject.toml")
+
+    with pytest.raises(ConfigError) as error:
+        read_settings(path)
+
+    assert phrase in str(error.value)
+
+
 def test_empty_yaml_has_defaults(tmp_path):
     """An empty file records L0 with a prefill and two decode steps."""
     settings = read_settings(write(tmp_path, ""))
@@ -129,6 +183,9 @@ BAD = [
     ("tolerances:\n  rules:\n    - {rows: 'a'}", 3, "expected a limit"),
     ("tolerances:\n  rules:\n    - {mode: other, max: 1}", 3, "same or cross"),
     ("tolerances:\n  rules:\n    - {ignore: 1}", 3, "true or false"),
+    ("tolerances:\n  rules:\n    - {only: 1}", 3, "true or false"),
+    ("tolerances:\n  rules:\n    - {rtol: 1}", 3, "both rtol and atol"),
+    ("tolerances: {same: {atol: 1}}", 1, "both rtol and atol"),
 ]
 
 
@@ -152,7 +209,7 @@ def test_bad_yaml_is_refused_in_one_line(tmp_path, text, line, expected):
         ("config.json", "{", "config.json:1: not valid JSON"),
         ("config.json", "[1]", "expected a JSON object"),
         ("config.json", "[" * 100_000, "nested too deeply"),
-        ("config.toml", "", "ending '.toml'"),
+        ("config.ini", "", "ending '.ini'"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, expected):

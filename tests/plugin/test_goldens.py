@@ -109,7 +109,9 @@ def rule(rows):
     )
 
 
-UNMATCHED = "msprobe.yaml:4: rows '*three*' matches no row; the nearest row is Module."
+UNMATCHED = (
+    "msprobe.yaml:4: rows '*three*' matches no row; the nearest rows are Module."
+)
 
 
 def test_a_rule_that_matches_nothing_is_an_error_of_a_whole_run(project):

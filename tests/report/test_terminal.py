@@ -200,7 +200,7 @@ def test_verdict_files_round_trip(tmp_path):
 
     assert read_verdict(path) == verdict
 
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 7'))
+    path.write_text(path.read_text().replace('"schema": 3', '"schema": 7'))
     with pytest.raises(DumpFormatError, match="schema 7"):
         read_verdict(path)
     path.write_text("{}")
@@ -231,14 +231,14 @@ def test_verdict_files_move_with_their_run(tmp_path):
 
 
 def test_verdict_files_of_the_last_schema_are_read(tmp_path):
-    """A file of schema 1, with whole paths and without rules, is still read."""
+    """A file of schema 2, without what schema 3 adds, is still read."""
     path = tmp_path / "verdict.json"
-    old = {"test": "t", "status": "pass", "schema": 1, "golden": "/g/a.jsonl"}
+    old = {"test": "t", "status": "pass", "schema": 2, "golden": "/g/a.jsonl"}
     path.write_text(json.dumps(old))
 
     verdict = read_verdict(path)
 
-    assert (verdict.schema, verdict.golden, verdict.rules) == (1, "/g/a.jsonl", [])
+    assert (verdict.schema, verdict.golden, verdict.rules) == (2, "/g/a.jsonl", [])
 
 
 def test_infinite_limits_survive_the_file(tmp_path):
