@@ -3,11 +3,8 @@
 
 import os
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
-
-import msgspec
 
 from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.dump.capture import CaptureFile, StepLine, read_capture
@@ -52,7 +49,7 @@ def check(run: str, *, golden: str | None = None) -> int:
         verdict = judge(
             read_capture(source), candidate, [rule.rule() for rule in old.rules]
         ).verdict
-        code = max(code, _print_verdict(verdict, _update_command(old)))
+        code = max(code, print_verdict(verdict, _update_command(old)))
     return code
 
 
@@ -115,16 +112,8 @@ def _update_command(verdict: Verdict) -> str | None:
     return None
 
 
-def compare(golden: str, candidate: str, *, as_json: bool) -> int:
-    """Judges one capture file against another, with the default tolerances."""
-    verdict = judge(read_capture(Path(golden)), read_capture(Path(candidate))).verdict
-    if as_json:
-        sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
-        return 0 if verdict.is_green else FINDING
-    return _print_verdict(verdict, None)
-
-
-def _print_verdict(verdict: Verdict, update_command: str | None) -> int:
+def print_verdict(verdict: Verdict, update_command: str | None) -> int:
+    """Prints a verdict; returns 0, or 1 where it is not green."""
     if verdict.is_green:
         print(render_green(verdict))
         return 0

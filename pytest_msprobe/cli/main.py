@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pytest_msprobe.cli import doctor, inspect, runs
+from pytest_msprobe.cli import compare, doctor, inspect, runs
 from pytest_msprobe.errors import MsprobeError
 
 USAGE_ERROR = 4
@@ -42,15 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="golden tree, where it no longer lies where the run found it",
     )
     check.set_defaults(action=lambda o: inspect.check(o.run, golden=o.golden))
-    compare = commands.add_parser("compare", help="judge one capture against another")
-    compare.add_argument("golden", help="golden or capture file")
-    compare.add_argument("candidate", help="capture file or golden")
-    compare.add_argument(
-        "--json", action="store_true", help="print the verdict as JSON"
-    )
-    compare.set_defaults(
-        action=lambda o: inspect.compare(o.golden, o.candidate, as_json=o.json)
-    )
+    _compare_command(commands)
     show = commands.add_parser("show", help="print what a golden or capture holds")
     show.add_argument("path", help="golden or capture file")
     show.add_argument("--calls", action="store_true", help="list its calls as well")
@@ -64,6 +56,54 @@ def build_parser() -> argparse.ArgumentParser:
     )
     examine.set_defaults(action=lambda _options: doctor.environment())
     return parser
+
+
+def _compare_command(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    what = "capture, golden, dump.json, or a folder: of a rank, step, dump, test or run"
+    command = commands.add_parser("compare", help="judge one capture against another")
+    command.add_argument("golden", help=what)
+    command.add_argument("candidate", help="likewise")
+    command.add_argument(
+        "--json", action="store_true", help="print verdicts as JSON, one a line"
+    )
+    command.add_argument(
+        "--table", metavar="FILE", help="write msProbe's metrics of every row as CSV"
+    )
+    command.add_argument(
+        "--msprobe-config", metavar="FILE", help="configuration with tolerances"
+    )
+    command.add_argument(
+        "--data-mapping",
+        "-dm",
+        metavar="FILE",
+        help="YAML: row of the candidate: row of the golden",
+    )
+    command.add_argument(
+        "--layer-mapping",
+        "-lm",
+        metavar="FILE",
+        help="YAML: path.Class of the candidate: path.Class of the golden",
+    )
+    command.add_argument(
+        "--fuzzy",
+        "-fm",
+        action="store_true",
+        help="pair modules of other classes, too",
+    )
+    command.set_defaults(
+        action=lambda o: compare.compare(
+            o.golden,
+            o.candidate,
+            compare.Options(
+                o.json,
+                o.table,
+                o.msprobe_config,
+                o.data_mapping,
+                o.layer_mapping,
+                o.fuzzy,
+            ),
+        )
+    )
 
 
 def _pytest_command(

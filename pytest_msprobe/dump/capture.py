@@ -176,12 +176,16 @@ class CaptureFile:
         tensors: `t` lines by id.
         entries: `c` and `step` lines in order.
         path: Where it was read from.
+        files: Of a dump, the saved tensors by id.
+        values: Of a dump, the values as they stand in it, by id.
     """
 
     header: Header
     tensors: dict[int, TensorLine] = field(default_factory=dict)
     entries: list[CallLine | StepLine] = field(default_factory=list)
     path: Path | None = None
+    files: dict[int, Path] = field(default_factory=dict)
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def calls(self) -> Iterator[tuple[int, CallLine]]:
         """Calls with the number of their step, in order."""

@@ -49,3 +49,26 @@ def read_dump(path: Path) -> DumpFile:
         str(content.get("level", "")),
         content["data"],
     )
+
+
+def read_construct(folder: Path) -> dict[str, str | None]:
+    """Names of the calls around each call, from construct.json; empty without one."""
+    path = folder / layout.CONSTRUCT
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{path}: not readable ({error})"
+        raise DumpFormatError(message, slug="dump-unreadable") from error
+    if not isinstance(content, dict):
+        return {}
+    # A parent may stand in a list with the number of a micro step.
+    parents = {
+        name: value[0] if isinstance(value, list) and value else value
+        for name, value in content.items()
+    }
+    return {
+        name: parent if isinstance(parent, str) else None
+        for name, parent in parents.items()
+    }

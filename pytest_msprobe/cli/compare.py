@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pytest-msprobe compare A B`: captures, goldens and dumps, without an engine."""
+
+import csv
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from pytest_msprobe.cli.inspect import FINDING, print_verdict
+from pytest_msprobe.cli.sources import find_ranks, read_pairs
+from pytest_msprobe.compare.elements import measure_files
+from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.mapping import (
+    by_layers,
+    read_mapping,
+    renamed,
+    row_renames,
+    without_class,
+)
+from pytest_msprobe.compare.match import pair_rows
+from pytest_msprobe.compare.msprobe_table import Line, table
+from pytest_msprobe.config.settings import read_settings
+from pytest_msprobe.dump.capture import CaptureFile
+from pytest_msprobe.model.limits import Rule
+from pytest_msprobe.model.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `compare` was asked for.
+
+    Attributes:
+        is_json: Print verdicts as JSON, one a line.
+        table: File for msProbe's metrics, or None.
+        config: Configuration whose tolerances hold, or None.
+        data_mapping: File with rows of the candidate and of the golden, or None.
+        layer_mapping: File with modules (`path.Class`) of both, or None.
+        is_fuzzy: Pair modules without regard to their class.
+    """
+
+    is_json: bool = False
+    table: str | None = None
+    config: str | None = None
+    data_mapping: str | None = None
+    layer_mapping: str | None = None
+    is_fuzzy: bool = False
+
+
+def compare(golden: str, candidate: str, options: Options) -> int:
+    """Judges one side against the other, rank by rank.
+
+    Args:
+        golden: A capture, a golden, a dump.json or a folder with some.
+        candidate: Likewise.
+        options: How.
+
+    Returns:
+        0, or 1 where a verdict is not green.
+    """
+    old, new = find_ranks(Path(golden)), find_ranks(Path(candidate))
+    rules = read_settings(Path(options.config)).rules if options.config else ()
+    code = 0
+    lines: list[Line] = []
+    for place in [*old, *(place for place in new if place not in old)]:
+        if place not in old or place not in new:
+            side = "golden" if place in old else "candidate"
+            print(f"{place or '.'}: only in the {side}", file=sys.stderr)
+            code = FINDING
+            continue
+        for pair in read_pairs(old[place], new[place]):
+            verdict, rows = _judge(*pair, rules, options)
+            lines += rows
+            code = max(code, _print(verdict, is_json=options.is_json))
+    if options.table is not None:
+        _write(Path(options.table), lines)
+    return code
+
+
+def _judge(
+    golden: CaptureFile,
+    candidate: CaptureFile,
+    rules: tuple[Rule, ...],
+    options: Options,
+) -> tuple[Verdict, list[Line]]:
+    if options.layer_mapping is not None:
+        renamed(candidate, by_layers(read_mapping(Path(options.layer_mapping))))
+    if options.is_fuzzy:
+        renamed(golden, without_class)
+        renamed(candidate, without_class)
+    renames = None
+    if options.data_mapping is not None:
+        mapping = read_mapping(Path(options.data_mapping))
+        renames = row_renames(mapping, golden, candidate)
+    measure = None
+    if golden.files and candidate.files:
+        measure = partial(measure_files, golden, candidate)
+    judgement = judge(golden, candidate, rules, renames=renames, measure=measure)
+    rows: list[Line] = []
+    if options.table is not None:
+        rows = table(pair_rows(golden, candidate, renames), golden, candidate)
+    return judgement.verdict, rows
+
+
+def _print(verdict: Verdict, *, is_json: bool) -> int:
+    if not is_json:
+        return print_verdict(verdict, None)
+    sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+    return 0 if verdict.is_green else FINDING
+
+
+def _write(path: Path, lines: list[Line]) -> None:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(lines)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds what the paths of `compare` hold: captures, goldens or dumps."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_msprobe.dump import layout
+from pytest_msprobe.dump.capture import CaptureFile, read_capture
+from pytest_msprobe.dump.convert import dump_capture, has_checksums
+from pytest_msprobe.dump.reader import DumpFile, read_dump
+from pytest_msprobe.errors import DumpFormatError
+
+_RANK = re.compile(r"(?:capture\.)?(.*?)(?:\.?rank(\d+))?\.jsonl")
+
+
+@dataclass(slots=True)
+class Ranks:
+    """What one test or run left, by rank.
+
+    Attributes:
+        files: Capture files or goldens.
+        dumps: Dumps by step, where there are no such files.
+    """
+
+    files: dict[int, Path] = field(default_factory=dict)
+    dumps: dict[int, dict[int, DumpFile]] = field(default_factory=dict)
+
+
+def find_ranks(path: Path) -> dict[str, Ranks]:
+    """What a path holds, by its place below the path; `` for itself.
+
+    Args:
+        path: A capture file or golden, a dump.json, the folder of a rank, a step, a
+            dump, a test's goldens or a run.
+
+    Raises:
+        DumpFormatError: Nothing that could be compared.
+    """
+    if path.is_file():
+        if path.suffix == ".jsonl":
+            return {"": Ranks(files={0: path})}
+        return {"": Ranks(dumps={0: {0: read_dump(path)}})}
+    if not path.is_dir():
+        raise DumpFormatError(f"{path}: no such file or folder")
+    files = _capture_files(path)
+    if files:
+        return files
+    dumps = _dumps(path)
+    if dumps:
+        return {"": Ranks(dumps=dumps)}
+    message = f"{path}: holds no capture, golden or dump.json"
+    hint = "name a .jsonl file, a dump.json, or a folder that holds one of them"
+    raise DumpFormatError(message, hint=hint)
+
+
+def _capture_files(path: Path) -> dict[str, Ranks]:
+    found: dict[str, Ranks] = {}
+    for file in sorted(path.rglob("*.jsonl")):
+        match = _RANK.fullmatch(file.name)
+        if match is None or file.name == "capture.combined.jsonl":
+            continue
+        place = str(file.parent.relative_to(path))
+        variant = "" if file.name.startswith("capture.") else match[1]
+        label = "" if place == "." else place
+        if variant:
+            label = f"{label}/{variant}" if label else variant
+        found.setdefault(label, Ranks()).files[int(match[2] or 0)] = file
+    return {"": found.popitem()[1]} if len(found) == 1 else found
+
+
+def _dumps(path: Path) -> dict[int, dict[int, DumpFile]]:
+    if (path / layout.DUMP).is_file():
+        return {0: {0: read_dump(path)}}
+    steps = layout.steps_of(path) or {0: path}
+    found: dict[int, dict[int, DumpFile]] = {}
+    for step, folder in steps.items():
+        for number, rank in enumerate(layout.ranks_of(folder).values()):
+            found.setdefault(number, {})[step] = read_dump(rank)
+    return found
+
+
+def read_pairs(
+    golden: Ranks, candidate: Ranks
+) -> list[tuple[CaptureFile, CaptureFile]]:
+    """Captures of both sides, rank by rank, in the order of their numbers.
+
+    Raises:
+        DumpFormatError: The sides have different numbers of ranks, or one is a dump
+            and the other is not.
+    """
+    if bool(golden.files) != bool(candidate.files):
+        message = "one side is a dump and the other a capture or golden"
+        hint = "name the folder step<N> of the run instead of its capture file"
+        raise DumpFormatError(message, hint=hint)
+    old, new = (sorted(s.files) or sorted(s.dumps) for s in (golden, candidate))
+    if len(old) != len(new):
+        message = f"ranks: {len(old)} in the golden, {len(new)} in the candidate"
+        raise DumpFormatError(message)
+    if golden.files:
+        sides = zip(golden.files.values(), candidate.files.values(), strict=True)
+        return [(read_capture(a), read_capture(b)) for a, b in sides]
+    pairs = []
+    for a, b in zip(old, new, strict=True):
+        both = golden.dumps[a], candidate.dumps[b]
+        # Checksums tell what is equal where both sides have them.
+        use = all(has_checksums(next(iter(steps.values()))) for steps in both)
+        first, second = (
+            dump_capture(steps, rank=a, world=len(old), has_checksums=use)
+            for steps in both
+        )
+        pairs.append((first, second))
+    return pairs
