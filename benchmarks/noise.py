@@ -210,13 +210,13 @@ def compare(golden, candidate):
 
     from pytest_msprobe.compare.judge import measure_noise
 
-    pairs, judged, errors, tokens = measure_noise(golden, candidate)
-    rows, relative = errors.relative(judged)
+    noise = measure_noise(golden, candidate)
+    pairs, rows = noise.pairs, noise.rows
     is_float = pairs.candidate.with_property(pairs.new[rows], lambda t: len(t.v) > 2)
     names = pairs.candidate.names(pairs.new[rows])
     found = {}
-    for metric, values in relative.items():
-        values = np.where(is_float, values, 0.0)  # noqa: PLW2901 - integers have none
+    for metric, errors in noise.errors.items():
+        values = np.where(is_float, errors, 0.0)  # integers have none
         worst = int(values.argmax()) if len(values) else -1
         found[metric] = {
             "greatest": float(values[worst]) if len(values) else 0.0,
@@ -227,12 +227,12 @@ def compare(golden, candidate):
         "mode": "same" if candidate.header.key == golden.header.key else "cross",
         "threads": candidate.header.provenance["threads"],
         "attention": candidate.header.provenance["attention"],
-        "rows": int(judged.sum()),
+        "rows": noise.judged,
         "unequal": len(rows),
         "integers": [n for n, f in zip(names, is_float, strict=True) if not f][:5],
         "metrics": found,
-        "logprob": float(tokens.largest),
-        "flipped": tokens.flipped,
+        "logprob": float(noise.tokens.largest),
+        "flipped": noise.tokens.flipped,
     }
 
 

@@ -100,7 +100,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
             prepare_environment,
         )
 
-        prepare_environment(session.settings.engine.environment)
+        changes = session.calibration["env"] if session.calibration else {}
+        prepare_environment({**session.settings.engine.environment, **changes})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,6 +131,8 @@ def pytest_collection_modifyitems(
     session = _session_of(config)
     if session is None:
         return
+    if session.calibration is not None and session.calibration["reverse"]:
+        items.reverse()
     keys = {}
     for item in items:
         if "msprobe_engine" in _fixture_names(item):
@@ -278,6 +281,9 @@ def pytest_terminal_summary(
         if size > limit:
             text = f"more than golden.size_warning_bytes, {limit}; record fewer "
             write(f"WARNING: {path}: {text}decode_steps or level L0", yellow=True)
+        if path in state.decalibrated:
+            text = "it had been calibrated; run pytest-msprobe calibrate again"
+            write(f"WARNING: {path}: {text}", yellow=True)
     for path in state.removed:
         write(f"golden removed: {path}")
     is_complete = state.is_complete()

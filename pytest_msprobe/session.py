@@ -32,8 +32,16 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["MsprobeSession | None"]()
 MARKER = "msprobe"
+# Set by the command pytest-msprobe calibrate.
+CALIBRATION = "MSPROBE_CALIBRATION"
 _PACKAGE = "pytest_msprobe."
 _MARKER_KEYS = ("level", "decode_steps", "engine", "tolerances")
+
+
+def read_calibration() -> dict[str, Any] | None:
+    """What `pytest-msprobe calibrate` has this run change: engine, env, reverse."""
+    text = os.environ.get(CALIBRATION)
+    return json.loads(text) if text else None
 
 
 @dataclass(slots=True)
@@ -231,6 +239,8 @@ class MsprobeSession:
         removed: Goldens removed.
         users: Node ids of the collected tests that ask for our fixtures.
         is_selection: Whether tests were left out when they were collected.
+        calibration: What this run changes to measure noise, None for any other run.
+        decalibrated: Goldens that had noise and were written anew without it.
     """
 
     def __init__(
@@ -243,6 +253,8 @@ class MsprobeSession:
         self.removed: list[Path] = []
         self.users: set[str] = set()
         self.is_selection = False
+        self.calibration = read_calibration()
+        self.decalibrated: list[Path] = []
         self._config = config
         self._states: dict[str, TestState] = {}
         self._engines: dict[str, Any] = {}
@@ -316,6 +328,8 @@ class MsprobeSession:
                     engine.update(_check_engine(value, f"{where}: engine"))
                 else:
                     rules += _marker_rules(item, value, where)
+        if self.calibration is not None:
+            engine |= self.calibration["engine"]
         return TestOptions(config, steps, engine, tuple(rules))
 
     def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:
@@ -532,7 +546,7 @@ class MsprobeSession:
             disagreement = None
             if update is not None and is_written(update, verdict.status):
                 self._prepare_golden(capture, recorded)
-            elif not verdict.is_green:
+            elif not verdict.is_green and self.calibration is None:
                 failures.append(verdict)
         self._judged_tests.add(capture.item.nodeid)
         self._judged_folders.add(self._golden_folder(capture))
@@ -644,7 +658,7 @@ class MsprobeSession:
             mode = "cross" if len(set(sizes)) > 1 else None
         judgement = judge(golden, recorded, rules, mode=mode)
         self._note_rules(judgement.unmatched, judgement.names)
-        if judgement.verdict.is_green:
+        if judgement.verdict.is_green and self.calibration is None:
             self._refuse_unmatched(judgement.unmatched, judgement.names)
         return judgement.verdict
 
@@ -653,11 +667,14 @@ class MsprobeSession:
         return self.settings.golden.directory.joinpath(*place)
 
     def _prepare_golden(self, capture: Capture, recorded: "CaptureFile") -> None:
+        from pytest_msprobe.dump.capture import read_header
         from pytest_msprobe.golden.store import golden_bytes
         from pytest_msprobe.golden.variants import file_name
 
         header = recorded.header
         path = self._golden_folder(capture) / file_name(header.key, header.rank)
+        if path.is_file() and read_header(path).noise:
+            self.decalibrated.append(path)
         content = golden_bytes(recorded, capture.item.nodeid, header.key)
         self.state_of(capture.item).pending.append((path, content))
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pytest_msprobe.cli import compare, doctor, inspect, runs
+from pytest_msprobe.cli import calibrate, compare, doctor, explain, inspect, runs
 from pytest_msprobe.errors import MsprobeError
 
 USAGE_ERROR = 4
@@ -34,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     _pytest_command(
         commands, "gate", runs.gate, "run tests read-only and write reports for CI"
     )
+    _pytest_command(
+        commands,
+        "calibrate",
+        calibrate.calibrate,
+        "run tests several times, store each row's noise in the goldens",
+    )
     check = commands.add_parser("check", help="judge a saved run again")
     check.add_argument("run", help="run folder, or a folder in it")
     check.add_argument(
@@ -43,6 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(action=lambda o: inspect.check(o.run, golden=o.golden))
     _compare_command(commands)
+    why = commands.add_parser(
+        "explain", help="say what decides a test or a row: key, rules, history"
+    )
+    why.add_argument("what", help="node id of a test, part of one, or a row")
+    why.add_argument("row", nargs="?", help="glob over the rows of that test")
+    why.add_argument("--msprobe-config", metavar="FILE", help="configuration")
+    why.set_defaults(
+        action=lambda o: explain.explain(o.what, o.row, config=o.msprobe_config)
+    )
     show = commands.add_parser("show", help="print what a golden or capture holds")
     show.add_argument("path", help="golden or capture file")
     show.add_argument("--calls", action="store_true", help="list its calls as well")
@@ -120,11 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for a finding, 4 for wrong use."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.action is None:
-        return int(options.run(rest))
-    if rest:
+    if options.action is not None and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if options.action is None:
+            return int(options.run(rest))
         return int(options.action(options))
     except MsprobeError as error:
         print(f"pytest-msprobe: {error}", file=sys.stderr)

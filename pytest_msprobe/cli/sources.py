@@ -42,7 +42,7 @@ def find_ranks(path: Path) -> dict[str, Ranks]:
             return {"": Ranks(files={0: path})}
         return {"": Ranks(dumps={0: {0: read_dump(path)}})}
     if not path.is_dir():
-        raise DumpFormatError(f"{path}: no such file or folder")
+        raise DumpFormatError(f"{path}: cannot be read (no such file or folder)")
     files = _capture_files(path)
     if files:
         return files

@@ -209,12 +209,18 @@ class Errors:
         }
 
     def relative(self, chosen: _Bools) -> tuple[_I64, dict[str, _F64]]:
-        """Errors of all chosen rows that are not equal, and which rows they are of."""
+        """Chosen rows that are not equal, and their errors by metric.
+
+        Errors are infinite where no tolerance allows the difference.
+        """
         index = np.flatnonzero(chosen & ~self._pairs.is_equal)
         if not len(index):
             return index, {name: np.zeros(0) for name in ROW_METRICS}
         measured = self._measure(index)
-        return index, {n: error.relative for n, error in measured.errors.items()}
+        found = {n: error.relative for n, error in measured.errors.items()}
+        for values in found.values():
+            values[measured.reasons != _TOLERATED] = np.inf
+        return index, found
 
     def finding(self, i: int) -> Finding:
         """The worst metric of one row."""

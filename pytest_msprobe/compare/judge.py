@@ -31,7 +31,12 @@ from pytest_msprobe.compare.tolerance import (
     unmatched_rules,
 )
 from pytest_msprobe.dump.capture import CaptureFile, TensorLine
-from pytest_msprobe.model.limits import NOISE_MULTIPLE, KeyMode, Rule
+from pytest_msprobe.model.limits import (
+    NOISE_MULTIPLE,
+    ROW_METRICS,
+    KeyMode,
+    Rule,
+)
 from pytest_msprobe.model.verdict import AppliedRule, TokenDifference, Verdict
 
 WORST = 20
@@ -101,23 +106,45 @@ def judge(
     return _Judge(golden, candidate, rules, mode, verdict).run(renames, measure)
 
 
+@dataclass(slots=True)
+class Noise:
+    """How far apart two clean captures are.
+
+    Attributes:
+        pairs: Their rows.
+        rows: (n,) pairs that would be judged and are not equal.
+        errors: (n,) by metric, unitless; infinite where no tolerance helps.
+        limits: (n,) by metric, what the rules allow.
+        judged: Rows that would be judged.
+        tokens: How the tokens moved.
+    """
+
+    pairs: Pairs
+    rows: _I64
+    errors: dict[str, npt.NDArray[np.float64]]
+    limits: dict[str, npt.NDArray[np.float64]]
+    judged: int
+    tokens: TokenDifference
+
+
 def measure_noise(
-    golden: CaptureFile, candidate: CaptureFile
-) -> tuple[Pairs, _Bools, Errors, TokenDifference]:
-    """Errors of all rows that would be judged, without any limit.
+    golden: CaptureFile, candidate: CaptureFile, rules: Sequence[Rule] = ()
+) -> Noise:
+    """Errors of all rows that would be judged.
 
     Args:
         golden: One capture.
         candidate: Another one of the same test.
-
-    Returns:
-        The pairs, which of them count, their errors, and how the tokens moved.
+        rules: Tolerances beyond the defaults.
     """
     mode: KeyMode = "same" if golden.header.key == candidate.header.key else "cross"
     verdict = Verdict(test=candidate.header.test, status="pass", mode=mode)
-    state = _Judge(golden, candidate, (), mode, verdict)
-    pairs, _, masks, errors = state.compare()
-    return pairs, masks.judged, errors, verdict.tokens
+    state = _Judge(golden, candidate, rules, mode, verdict)
+    pairs, limits, masks, errors = state.compare()
+    rows, relative = errors.relative(masks.judged)
+    allowed = {metric: limits.limits[metric][rows] for metric in ROW_METRICS}
+    judged = int(masks.judged.sum())
+    return Noise(pairs, rows, relative, allowed, judged, verdict.tokens)
 
 
 @dataclass(slots=True)

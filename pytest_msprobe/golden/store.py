@@ -5,8 +5,9 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -112,6 +113,23 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
         ),
     )
     return encode(type(header)(**fields), lines)
+
+
+def calibrated_bytes(
+    golden: CaptureFile, noise: Mapping[int, list[float]], about: dict[str, Any]
+) -> bytes:
+    """A golden with the noise of its rows.
+
+    Args:
+        golden: The golden; its lines get the noise.
+        noise: The metrics' noise of each tensor that has some, by id.
+        about: What the header says of it: `runs` and `logprob`.
+    """
+    for number, line in golden.tensors.items():
+        line.n = noise.get(number, [])
+    golden.header.msprobe = FORMAT
+    golden.header.noise = about
+    return capture_bytes(golden)
 
 
 def capture_bytes(capture: CaptureFile) -> bytes:

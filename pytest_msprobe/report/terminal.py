@@ -145,6 +145,10 @@ def _provenance(verdict: Verdict) -> list[str]:
     return ["made differently:", *lines] if lines else []
 
 
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
 def render_failure(verdict: Verdict, *, update_command: str | None) -> str:
     """The message of a failing test.
 
@@ -178,8 +182,8 @@ def render_failure(verdict: Verdict, *, update_command: str | None) -> str:
         allowed = [f"it would pass with, under tolerances: rules: {verdict.would_pass}"]
     ends = [
         *allowed,
-        f"golden:  {verdict.golden} ({verdict.golden_key})",
-        f"capture: {verdict.capture} ({verdict.key})",
+        f"golden:  {verdict.golden}{_in_brackets(verdict.golden_key)}",
+        f"capture: {verdict.capture}{_in_brackets(verdict.key)}",
         *meant,
     ]
     return "\n".join([*lines[: MAX_LINES - len(ends)], *ends])

@@ -20,14 +20,16 @@ METHOD = "msprobe_control"
 class LLM:
     """An engine with `ranks` workers; `broken` is why it cannot start.
 
-    All ranks hold the same, but that others than the first are off by `drift`.
+    All ranks hold the same, but that others than the first are off by `drift`. In
+    batches the numbers are off by `jitter`.
     """
 
-    def __init__(self, ranks=1, broken=None, drift=0.0, **arguments):
+    def __init__(self, ranks=1, broken=None, drift=0.0, jitter=0.0, **arguments):
         if broken:
             raise ValueError(broken)
         self.ranks = ranks
         self.drift = drift
+        self.jitter = jitter if arguments.get("max_num_seqs", 1) > 1 else 0.0
         self.arguments = arguments
         self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: False)
         self._folder = None
@@ -76,7 +78,7 @@ class LLM:
         calls = []
         for number, (layer, factor) in enumerate(self._steps):
             x = np.linspace(-1.0, 1.0, 32).reshape(4, 8)
-            own = factor * (1.0 + self.drift if rank else 1.0)
+            own = factor * (1.0 + self.drift if rank else 1.0) * (1.0 + self.jitter)
             slots = {"input_args.0": x}, {"output.0": x * 2 * own}
             calls.append((captures.module(layer, number=number), 0, *slots))
         capture = captures.capture(calls, test=test, rank=rank)

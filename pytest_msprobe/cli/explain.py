@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pytest-msprobe explain`: what decides a test or a row, without an engine."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_msprobe.compare.match import row_names
+from pytest_msprobe.compare.tolerance import default_limits, matching, unmatched_error
+from pytest_msprobe.config.settings import Settings, read_settings
+from pytest_msprobe.config.toml import has_table
+from pytest_msprobe.dump.capture import CaptureFile, TensorLine, read_capture
+from pytest_msprobe.dump.capture import read_header as read_golden_header
+from pytest_msprobe.errors import ConfigError, DumpFormatError
+from pytest_msprobe.model.limits import LIMIT_NAMES, NOISE_MULTIPLE, ROW_METRICS, Rule
+from pytest_msprobe.model.verdict import RowId
+
+_SHOWN_ROWS = 5
+_SHOWN_COMMITS = 5
+_CONFIGS = ("msprobe.yaml", "pyproject.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class _Golden:
+    """A golden and the test that it is of."""
+
+    path: Path
+    test: str
+
+
+def find_config(given: str | None) -> Path:
+    """The configuration: the one given, else the one in this folder.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if given is not None:
+        return Path(given)
+    for name in _CONFIGS:
+        path = Path(name)
+        if path.is_file() and (path.suffix != ".toml" or has_table(path)):
+            return path
+    message = "no msprobe.yaml and no pyproject.toml with [tool.msprobe] here"
+    raise ConfigError(message, hint="name the file: --msprobe-config FILE")
+
+
+def explain(what: str, row: str | None, *, config: str | None) -> int:
+    """Prints key, provenance, history and rules of a test's goldens, or of a row.
+
+    Args:
+        what: Node id of a test, part of one, or the name of a row.
+        row: Glob over rows, or part of a name, or None for the test alone.
+        config: Configuration, None for the one in this folder.
+
+    Raises:
+        DumpFormatError: No golden is of such a test or has such a row.
+    """
+    settings = read_settings(find_config(config))
+    goldens = list(_goldens(settings.golden.directory))
+    chosen = [golden for golden in goldens if what in golden.test]
+    if not chosen and row is None:
+        chosen, row = goldens, what
+    found = False
+    for golden in chosen:
+        capture = read_capture(golden.path)
+        if row is None:
+            found = True
+            _print_golden(golden, capture)
+            _print_rules(settings.rules, row_names(capture))
+        else:
+            found |= _print_rows(golden, capture, settings, row)
+    if not found:
+        raise _nothing(what, row, chosen, goldens)
+    return 0
+
+
+def _nothing(
+    what: str, row: str | None, chosen: Sequence[_Golden], goldens: Sequence[_Golden]
+) -> Exception:
+    if row is None or row == what:
+        tests = sorted({golden.test for golden in goldens})
+        message = f"{what}: no golden is of such a test or has such a row"
+        shown = ", ".join(tests[:_SHOWN_ROWS]) or "none"
+        return DumpFormatError(message, hint=f"tests with goldens: {shown}")
+    return unmatched_error(Rule(what, row), row_names(read_capture(chosen[0].path)))
+
+
+def _goldens(directory: Path) -> Iterator[_Golden]:
+    for path in sorted(directory.rglob("*.jsonl")):
+        yield _Golden(path, read_golden_header(path).test)
+
+
+def _print_golden(golden: _Golden, capture: CaptureFile) -> None:
+    header = capture.header
+    print(f"{golden.test}")
+    print(f"golden: {golden.path}, format {header.msprobe}")
+    print(f"numerics key: {header.key}, rank {header.rank} of {header.world}")
+    print("must be equal in a candidate:")
+    _print_mapping(header.signature)
+    print("made with:")
+    _print_mapping(header.provenance)
+    rows = row_names(capture)
+    print(f"rows: {len(rows)}")
+    for request in header.requests:
+        print(f"request {request.label}: generated {request.tokens}")
+    if header.noise:
+        noisy = sum(bool(line.n) for line in capture.tensors.values())
+        runs = ", ".join(header.noise.get("runs", []))
+        print(f"calibrated: {runs}; {noisy} tensors with noise")
+    else:
+        print("calibrated: no")
+    print("history:")
+    for line in history(golden.path):
+        print(f"  {line}")
+
+
+def _print_mapping(values: dict[str, object]) -> None:
+    for name, value in values.items():
+        print(f"  {name}: {value}")
+
+
+def history(path: Path) -> list[str]:
+    """The last commits that touched a file, or why there are none."""
+    command = ["git", "log", f"-{_SHOWN_COMMITS}", "--format=%h %as %an: %s", "--"]
+    try:
+        done = subprocess.run(  # noqa: S603 - git with a path
+            [*command, path.name],
+            cwd=path.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ["git is not installed"]
+    if done.returncode != 0:
+        return ["not in a git repository"]
+    return done.stdout.splitlines() or ["not committed"]
+
+
+def _print_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
+    print("rules, a later one wins; then those of the test's marker and calls:")
+    print("  default: by dtype and key")
+    for rule in rules:
+        count = int(matching(rule, names).sum())
+        print(f"  {rule.origin}: {describe_rule(rule)} ({count} rows)")
+
+
+def describe_rule(rule: Rule) -> str:
+    """A rule in one line."""
+    parts = [f"rows {rule.rows!r}"]
+    if rule.mode is not None:
+        parts.append(f"mode {rule.mode}")
+    parts += [f"{name} {limit:g}" for name, limit in rule.limits.items()]
+    parts += [n for n in ("ignore", "exact", "only") if getattr(rule, n)]
+    return ", ".join(parts)
+
+
+def _print_rows(
+    golden: _Golden, capture: CaptureFile, settings: Settings, glob: str
+) -> bool:
+    """Prints what decides some rows of a golden; False if it has none of them."""
+    rows = list(_rows_of(capture, glob))
+    for name, step, line in rows[:_SHOWN_ROWS]:
+        print(f"{name}")
+        print(f"  golden: {golden.path}, step {step}")
+        print(f"  {line.d} {line.s}, checksum {line.c}")
+        print(f"  maximum, minimum, sum, sum of squares: {line.v}")
+        for mode in ("same", "cross"):
+            print(f"  limits where the golden has {mode} key:")
+            for text in chain(capture, settings.rules, name, line, mode):
+                print(f"    {text}")
+    if len(rows) > _SHOWN_ROWS:
+        print(f"and {len(rows) - _SHOWN_ROWS} more rows of {golden.path}")
+    return bool(rows)
+
+
+def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[str, int, TensorLine]]:
+    rule = Rule("", glob if set(glob) & set("*?[") else f"*{glob}*")
+    rows = {
+        RowId(call.c, slot, capture.tensors[number].g, step).text: (step, number)
+        for step, call in capture.calls()
+        for slots in (call.i, call.o)
+        for slot, ids in slots.items()
+        for number in ids
+    }
+    names = list(rows)
+    for name, is_wanted in zip(names, matching(rule, names), strict=True):
+        if is_wanted:
+            step, number = rows[name]
+            yield name, step, capture.tensors[number]
+
+
+def chain(
+    capture: CaptureFile,
+    rules: Sequence[Rule],
+    name: str,
+    line: TensorLine,
+    mode: str,
+) -> Iterator[str]:
+    """The rules that a row's limits come from, in their order, and its noise."""
+    dtype = str(capture.header.signature.get("model", {}).get("dtype", ""))
+    limits = default_limits("cross" if mode == "cross" else "same", dtype)
+    shown = ", ".join(f"{metric} {limits[metric]:g}" for metric in LIMIT_NAMES)
+    yield f"default: {shown}"
+    for rule in rules:
+        if rule.mode in (None, mode) and matching(rule, [name])[0]:
+            yield f"{rule.origin}: {describe_rule(rule)}"
+    if line.n:
+        noise = zip(ROW_METRICS, line.n, strict=True)
+        shown = ", ".join(f"{metric} {NOISE_MULTIPLE * n:g}" for metric, n in noise)
+        yield f"noise x{NOISE_MULTIPLE:g}, where it is larger: {shown}"
