@@ -30,7 +30,7 @@ from pytest_msprobe.compare.tolerance import (
     rule_text,
     unmatched_rules,
 )
-from pytest_msprobe.dump.capture import CaptureFile, TensorLine
+from pytest_msprobe.dump.capture import CaptureFile, TensorLine, without_collector
 from pytest_msprobe.model.limits import (
     NOISE_MULTIPLE,
     ROW_METRICS,
@@ -103,7 +103,8 @@ def judge(
         verdict.status = "incomparable"
         names = row_names(golden, candidate)
         return Judgement(verdict, unmatched_rules(rules, names), names)
-    return _Judge(golden, candidate, rules, mode, verdict).run(renames, measure)
+    with without_collector():
+        return _Judge(golden, candidate, rules, mode, verdict).run(renames, measure)
 
 
 @dataclass(slots=True)

@@ -300,13 +300,13 @@ def read_capture(path: Path) -> CaptureFile:
         raise DumpFormatError(message, slug="capture-unreadable") from error
     first, _, rest = content.partition(b"\n")
     result = CaptureFile(_decode_header(path, first), path=path)
-    with _without_collector():
+    with without_collector():
         _read_lines(result, path, rest)
     return result
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Keeps Python from looking for garbage among many new objects, again and again."""
     was_on = gc.isenabled()
     gc.disable()
