@@ -96,3 +96,17 @@ def test_msprobes_metrics_are_those_of_its_formulas():
     assert found.squares == pytest.approx(((golden**2).sum(), (candidate**2).sum()))
     assert found.relative == pytest.approx(0.1)
     assert found.shares == (0.5, 0.75)
+
+
+def test_every_half_is_read_exactly():
+    """All 65536 bit patterns of float16, subnormal ones too, have their values."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[np.isfinite(bits.view(np.float16))].view(np.float16)
+    zero = np.zeros(len(finite), np.float16)
+
+    for first in range(0, len(finite), 4096):
+        part = slice(first, first + 4096)
+        errors = compared(zero[part], finite[part], "float16")
+        wide = finite[part].astype(np.float64)
+        assert errors.largest == np.abs(wide).max()
+        assert errors.squared == pytest.approx((wide**2).sum(), rel=1e-5)
