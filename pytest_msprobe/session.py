@@ -259,7 +259,7 @@ class MsprobeSession:
         self._states: dict[str, TestState] = {}
         self._engines: dict[str, Any] = {}
         self._matched: set[int] = set()
-        self._row_names: list[str] = []
+        self._row_names: Sequence[str] = []
         self._judged_tests: set[str] = set()
         self._judged_folders: set[Path] = set()
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -690,14 +690,16 @@ class MsprobeSession:
 
     # Rules ---------------------------------------------------------------------
 
-    def _note_rules(self, unmatched: Sequence["Rule"], names: list[str]) -> None:
+    def _note_rules(self, unmatched: Sequence["Rule"], names: Sequence[str]) -> None:
         """Notes which rules of the configuration name a row of some test."""
         without = {id(rule) for rule in unmatched}
         rules = enumerate(self.settings.rules)
         self._matched |= {index for index, rule in rules if id(rule) not in without}
         self._row_names = names or self._row_names
 
-    def _refuse_unmatched(self, unmatched: Sequence["Rule"], names: list[str]) -> None:
+    def _refuse_unmatched(
+        self, unmatched: Sequence["Rule"], names: Sequence[str]
+    ) -> None:
         """Rules of a marker or call are for one test: there they must name a row.
 
         Raises:

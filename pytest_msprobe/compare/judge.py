@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import find_divergence
 from pytest_msprobe.compare.errors import Elements, Errors
-from pytest_msprobe.compare.match import Pairs, Rows, pair_rows, row_names
+from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
     differences,
@@ -58,7 +58,7 @@ class Judgement:
 
     verdict: Verdict
     unmatched: list[Rule]
-    names: list[str]
+    names: Sequence[str]
 
 
 def judge(
@@ -182,7 +182,7 @@ class _Judge:
         self._unrecorded = unrecorded_tokens(candidate)
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
-        self._names: list[str] = []
+        self._names: Sequence[str] = []
 
     def compare(
         self,
@@ -192,11 +192,7 @@ class _Judge:
         """Pairs, limits, what counts, and errors; tokens go into the verdict."""
         pairs = pair_rows(self._golden, self._candidate, renames)
         elements = measure(pairs) if measure is not None else None
-        self._names = [
-            *pairs.candidate.names(pairs.new),
-            *pairs.golden.names(pairs.missing),
-            *pairs.candidate.names(pairs.extra),
-        ]
+        self._names = PairNames(pairs)
         limits = self._limits(pairs, self._names)
         self._compare_tokens(limits)
         masks = self._masks(pairs, limits)

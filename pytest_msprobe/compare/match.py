@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -202,8 +203,9 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
     calls: list[CallLine] = []
     steps: list[int] = []
     step = 0
-    # A slot's number and its side in one integer, the tensor's id beside it.
+    # A slot's number and its side in one integer, then its tensors' ids.
     slots: list[int] = []
+    sizes: list[int] = []
     used: list[int] = []
     ends: list[int] = []
     known = words.slots
@@ -215,14 +217,13 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
         steps.append(step)
         for side, slots_of_side in enumerate((entry.i, entry.o)):
             for slot, ids in slots_of_side.items():
-                word = known.setdefault(slot, len(known)) * 2 + side
-                for tensor in ids:
-                    slots.append(word)
-                    used.append(tensor)
+                slots.append(known.setdefault(slot, len(known)) * 2 + side)
+                sizes.append(len(ids))
+                used += ids
         ends.append(len(used))
     counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
     call_column = np.repeat(np.arange(len(calls)), counts)
-    slot_column = np.array(slots, dtype=np.int64)
+    slot_column = np.repeat(np.array(slots, dtype=np.int64), sizes)
     tensor_column = _positions(capture.tensors, used)
     lines = list(capture.tensors.values())
     segments = _numbers(words.segments, [line.g for line in lines])
@@ -326,6 +327,33 @@ class Pairs:
         old = self.golden.tensor[self.old[index]].tolist()
         new = self.candidate.tensor[self.new[index]].tolist()
         return [golden[i] for i in old], [candidate[i] for i in new]
+
+
+class PairNames(Sequence[str]):
+    """Names of the pairs, of the missing and of the new rows, made when asked for."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+        self._made: list[str] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._pairs.new) + len(self._pairs.missing) + len(self._pairs.extra)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        """Names by place."""
+        if self._made is None:
+            pairs = self._pairs
+            self._made = [
+                *pairs.candidate.names(pairs.new),
+                *pairs.golden.names(pairs.missing),
+                *pairs.candidate.names(pairs.extra),
+            ]
+        return self._made[place]
 
 
 def pair_rows(
