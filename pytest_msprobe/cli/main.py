@@ -6,7 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pytest_msprobe.cli import calibrate, compare, doctor, explain, inspect, runs
+from pytest_msprobe.cli import (
+    calibrate,
+    compare,
+    doctor,
+    explain,
+    goldens,
+    init,
+    inspect,
+    runs,
+)
 from pytest_msprobe.errors import MsprobeError
 
 USAGE_ERROR = 4
@@ -49,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(action=lambda o: inspect.check(o.run, golden=o.golden))
     _compare_command(commands)
+    _golden_commands(commands)
     why = commands.add_parser(
         "explain", help="say what decides a test or a row: key, rules, history"
     )
@@ -71,6 +81,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     examine.set_defaults(action=lambda _options: doctor.environment())
     return parser
+
+
+def _golden_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    for name, action, text in (
+        ("review", goldens.review, "show what accepting a saved run would change"),
+        ("accept", goldens.accept, "make a saved run's captures the goldens"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run", help="run folder, or a folder in it")
+        command.add_argument("--test", help="only tests with this in their name")
+        command.set_defaults(action=lambda o, act=action: act(o.run, test=o.test))
+    prune = commands.add_parser("prune", help="list goldens of tests that are gone")
+    prune.add_argument("--msprobe-config", metavar="FILE", help="configuration")
+    prune.add_argument("--yes", action="store_true", help="remove them")
+    prune.add_argument("tests", nargs="*", help="where all tests are")
+    prune.set_defaults(
+        action=lambda o: goldens.prune(o.tests, config=o.msprobe_config, is_sure=o.yes)
+    )
+    report = commands.add_parser("report", help="write the HTML page of a saved run")
+    report.add_argument("run", help="run folder")
+    report.add_argument("--output", metavar="FILE", help="default: in the run")
+    report.set_defaults(action=lambda o: runs.report(o.run, output=o.output))
+    start = commands.add_parser("init", help="write a configuration and a first test")
+    start.add_argument("--model", required=True, help="name or folder of the model")
+    start.set_defaults(action=lambda o: init.init(o.model))
 
 
 def _compare_command(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -109,3 +109,23 @@ def gate(arguments: Sequence[str]) -> int:
         print("pytest-msprobe gate: no test was judged", file=sys.stderr)
         return 4
     return code
+
+
+def report(run: str, *, output: str | None) -> int:
+    """Writes the HTML page of a saved run; 1 where a verdict is not green.
+
+    Args:
+        run: Run folder.
+        output: File to write, None for `report.html` in the run.
+
+    Raises:
+        DumpFormatError: The run has no verdicts.
+    """
+    verdicts = verdicts_of(Path(run))
+    if not verdicts:
+        raise DumpFormatError(f"{run}: no verdict.json below it; expected a run folder")
+    page = Path(output) if output is not None else Path(run) / "report.html"
+    page.write_text(render_page(verdicts), encoding="utf-8")
+    red = sum(not verdict.is_green for verdict in verdicts)
+    print(f"{len(verdicts)} verdicts, {red} red; {page}")
+    return 1 if red else 0
