@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pytest_msprobe.dump import layout
 from pytest_msprobe.dump.capture import CaptureFile, read_capture
-from pytest_msprobe.dump.convert import dump_capture, has_checksums
+from pytest_msprobe.dump.convert import dump_capture, has_checksums, whole_capture
 from pytest_msprobe.dump.reader import DumpFile, read_dump
 from pytest_msprobe.errors import DumpFormatError
 
+_STEP = re.compile(r"step(\d+)")
 _RANK = re.compile(r"(?:capture\.)?(.*?)(?:\.?rank(\d+))?\.jsonl")
 
 
@@ -40,7 +41,7 @@ def find_ranks(path: Path) -> dict[str, Ranks]:
     if path.is_file():
         if path.suffix == ".jsonl":
             return {"": Ranks(files={0: path})}
-        return {"": Ranks(dumps={0: {0: read_dump(path)}})}
+        return {"": Ranks(dumps={0: {_step_of(path): read_dump(path)}})}
     if not path.is_dir():
         raise DumpFormatError(f"{path}: cannot be read (no such file or folder)")
     files = _capture_files(path)
@@ -71,8 +72,8 @@ def _capture_files(path: Path) -> dict[str, Ranks]:
 
 def _dumps(path: Path) -> dict[int, dict[int, DumpFile]]:
     if (path / layout.DUMP).is_file():
-        return {0: {0: read_dump(path)}}
-    steps = layout.steps_of(path) or {0: path}
+        return {0: {_step_of(path): read_dump(path)}}
+    steps = layout.steps_of(path) or {_step_of(path): path}
     found: dict[int, dict[int, DumpFile]] = {}
     for step, folder in steps.items():
         for number, rank in enumerate(layout.ranks_of(folder).values()):
@@ -80,34 +81,47 @@ def _dumps(path: Path) -> dict[int, dict[int, DumpFile]]:
     return found
 
 
+def _step_of(path: Path) -> int:
+    """Number of the step that a path below one belongs to, 0 where none is named."""
+    found = [_STEP.fullmatch(part) for part in path.absolute().parts]
+    return next((int(match[1]) for match in reversed(found) if match), 0)
+
+
 def read_pairs(
     golden: Ranks, candidate: Ranks
 ) -> list[tuple[CaptureFile, CaptureFile]]:
     """Captures of both sides, rank by rank, in the order of their numbers.
 
+    Where one side is a dump, a capture is taken as the dump it would be.
+
     Raises:
-        DumpFormatError: The sides have different numbers of ranks, or one is a dump
-            and the other is not.
+        DumpFormatError: The sides have different numbers of ranks.
     """
-    if bool(golden.files) != bool(candidate.files):
-        message = "one side is a dump and the other a capture or golden"
-        hint = "name the folder step<N> of the run instead of its capture file"
-        raise DumpFormatError(message, hint=hint)
     old, new = (sorted(s.files) or sorted(s.dumps) for s in (golden, candidate))
     if len(old) != len(new):
         message = f"ranks: {len(old)} in the golden, {len(new)} in the candidate"
         raise DumpFormatError(message)
-    if golden.files:
+    if golden.files and candidate.files:
         sides = zip(golden.files.values(), candidate.files.values(), strict=True)
         return [(read_capture(a), read_capture(b)) for a, b in sides]
     pairs = []
     for a, b in zip(old, new, strict=True):
-        both = golden.dumps[a], candidate.dumps[b]
+        steps = golden.dumps.get(a, {}), candidate.dumps.get(b, {})
+        if all(len(dumps) == 1 for dumps in steps):  # of whatever numbers
+            first_step, second_step = (next(iter(dumps.values())) for dumps in steps)
+            steps = {0: first_step}, {0: second_step}
+        # One step of a dump stands for that step of a capture.
+        known = {*steps[0], *steps[1]}
+        wanted = known if len(known) == 1 else None
         # Checksums tell what is equal where both sides have them.
-        use = all(has_checksums(next(iter(steps.values()))) for steps in both)
+        use = all(s and has_checksums(next(iter(s.values()))) for s in steps)
+        both = zip(steps, (golden, candidate), (a, b), strict=True)
         first, second = (
-            dump_capture(steps, rank=a, world=len(old), has_checksums=use)
-            for steps in both
+            dump_capture(dumps, rank=a, world=len(old), has_checksums=use)
+            if dumps
+            else whole_capture(read_capture(side.files[rank]), wanted)
+            for dumps, side, rank in both
         )
+        second.header.world = first.header.world
         pairs.append((first, second))
     return pairs

@@ -24,7 +24,7 @@ OLDEST_READABLE = 1
 DUMP = "dump"
 FILE_NAME = "capture.rank{rank}.jsonl"
 
-_SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
+SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
 _CLASS_CODES = {"token": "t", "sample": "s", "neither": "n"}
 _CLASSES = {code: name for name, code in _CLASS_CODES.items()}
 
@@ -336,7 +336,7 @@ def _read_lines(result: CaptureFile, path: Path, content: bytes) -> None:
 
 def _add(result: CaptureFile, entry: Line) -> None:
     if isinstance(entry, TensorLine):
-        size = 4 if entry.d in _SKETCHED else 2
+        size = 4 if entry.d in SKETCHED else 2
         if (
             entry.k not in _CLASSES
             or len(entry.v) != size

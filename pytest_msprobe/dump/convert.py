@@ -9,13 +9,14 @@ equal.
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pytest_msprobe.dump import layout
 from pytest_msprobe.dump.capture import (
     DUMP,
     FORMAT,
+    SKETCHED,
     CallLine,
     CaptureFile,
     Header,
@@ -23,7 +24,7 @@ from pytest_msprobe.dump.capture import (
     TensorLine,
 )
 from pytest_msprobe.dump.reader import DumpFile, read_construct
-from pytest_msprobe.model.dtypes import element_type, is_sketched
+from pytest_msprobe.model.dtypes import BY_CODE, element_type, is_sketched
 from pytest_msprobe.model.names import parse_call_name
 
 STATISTICS = ("Max", "Min", "Mean", "Norm")
@@ -134,7 +135,7 @@ class _Builder:
 
     def add(self, step: int, dump: DumpFile, parents: Mapping[str, str | None]) -> None:
         """Adds one step."""
-        self.capture.entries.append(StepLine(step))
+        self.capture.entries.append(step_line(step))
         folder = dump.path.parent / layout.TENSORS
         for name, record in dump.data.items():
             level = _level(name, parents, dump.data)
@@ -220,3 +221,80 @@ def dump_capture(
     if builder.unmeasured:
         header.left_out = {"unmeasured": builder.unmeasured}
     return capture
+
+
+def step_line(step: int) -> StepLine:
+    """A step of which only the number is known; it equals no other step."""
+    return StepLine(step, -1 - step)
+
+
+def whole_capture(
+    capture: CaptureFile, steps: Collection[int] | None = None
+) -> CaptureFile:
+    """A capture or golden as its dump would be: segments combined, no sketches.
+
+    Calls have the names of dump.json, so far as the capture knows them.
+
+    Args:
+        capture: The capture.
+        steps: Which of its steps, None for all.
+    """
+    is_wanted = True
+    header = Header(FORMAT, DUMP, capture.header.test, rank=capture.header.rank)
+    header.world = capture.header.world
+    header.signature = {"model": capture.header.signature.get("model", {})}
+    result = CaptureFile(header, path=capture.path)
+    for entry in capture.entries:
+        if isinstance(entry, StepLine):
+            is_wanted = steps is None or entry.step in steps
+            if is_wanted:
+                result.entries.append(step_line(entry.step))
+            continue
+        if not is_wanted:
+            continue
+        call = CallLine(entry.m or entry.c, entry.l)
+        for slots, side in ((entry.i, call.i), (entry.o, call.o)):
+            for slot, ids in slots.items():
+                leaf = _whole([capture.tensors[number] for number in ids])
+                number = len(result.tensors)
+                line = tensor_line(number, leaf, has_checksums=False)
+                if line is not None:
+                    result.tensors[number] = line
+                    result.values[number] = leaf
+                    side[slot] = [number]
+        result.entries.append(call)
+    return result
+
+
+def _whole(lines: list[TensorLine]) -> dict[str, Any]:
+    """Segments of a tensor as a value of a dump."""
+    first = lines[0]
+    shape = list(first.s)
+    if shape:
+        shape[0] = sum(line.s[0] for line in lines)
+    known = BY_CODE.get(first.d)
+    highs, lows, totals, squares = (
+        [value for line in lines for value in line.v[place : place + 1]
+         if value is not None]
+        for place in range(len(STATISTICS))
+    )  # fmt: skip
+    count = math.prod(shape)
+    values: list[Any] = [max(highs, default=None), min(lows, default=None), None, None]
+    if first.d in SKETCHED and count:
+        mean = sum(map(float, totals)) / count
+        norm = math.sqrt(sum(map(float, squares)))
+        values[2:] = [mean, norm]
+    if not shape:
+        values = values[:1] * len(STATISTICS)
+    nan, plus, minus = (
+        any(line.x and line.x[place] for line in lines) for place in range(3)
+    )
+    if nan:
+        values = [math.nan] * len(STATISTICS)
+    elif plus or minus:
+        values[0] = math.inf if plus else values[0]
+        values[1] = -math.inf if minus else values[1]
+        values[2:] = [math.nan, math.inf]
+    dtype = f"torch.{known.name}" if known is not None else first.d
+    leaf = {"type": "torch.Tensor", "dtype": dtype, "shape": shape}
+    return leaf | dict(zip(STATISTICS, values, strict=True))

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from captures import Network
+from captures import Network, capture
 
 from pytest_msprobe.cli.main import main
 from pytest_msprobe.golden.store import capture_bytes
@@ -92,6 +92,18 @@ def test_dumps_are_judged_wherever_they_are_named(dumps, capfd, part):
     assert verdict["divergence"]["call"] == LINEAR
     assert verdict["divergence"]["module"] == "block"
     assert verdict["worst"][0]["observed"] == pytest.approx(0.1)
+
+
+def test_missing_steps_fail(dumps, capfd):
+    """A dump that lacks a step of the golden fails; single steps need no number."""
+    good, _ = dumps
+    short = write_dump(good.parent / "short", [records()])
+
+    code, (verdict,) = compared(capfd, good, short)
+    assert code == 1
+    assert verdict["missing"] > 0
+    assert compared(capfd, short, good)[0] == 0
+    assert compared(capfd, good / "step1", short / "step0")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -301,14 +313,38 @@ def test_runs_are_compared_test_by_test(tmp_path, capfd):
     assert "c: only in the golden" in captured.err
 
 
-@pytest.mark.parametrize("make", ["nothing", "dump"])
-def test_sides_that_cannot_be_compared_are_told(dumps, tmp_path, capsys, make):
-    """An empty folder, or a dump against a capture, is exit code 4 and one line."""
-    folder = tmp_path / "f"
-    folder.mkdir()
-    (folder / "a.jsonl").write_bytes(capture_bytes(Network().run()))
-    other = tmp_path / "empty" if make == "nothing" else folder
-    other.mkdir(exist_ok=True)
+def test_a_folder_without_captures_is_told(dumps, tmp_path, capsys):
+    """An empty folder is exit code 4 and one line."""
+    (tmp_path / "empty").mkdir()
 
-    assert main(["compare", str(dumps[0]), str(other)]) == 4
+    assert main(["compare", str(dumps[0]), str(tmp_path / "empty")]) == 4
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("is_golden", [True, False])
+def test_a_capture_is_compared_with_a_dump(tmp_path, capfd, factor, is_golden):
+    """Segments are combined; what the dump holds of the same calls is judged."""
+    split = [("0.first", X[:1]), ("0.prompt", X[1:])]
+    doubled = [(name, part * 2) for name, part in split]
+    name = "Module.m.M.forward.0"
+    numbers = ("0.prompt", np.arange(6).reshape(3, 2))
+    file = tmp_path / "capture.rank0.jsonl"
+    inputs = {"input_args.0": split, "input_args.1": [numbers]}
+    content = capture([(name, 0, inputs, {"output.0": doubled})])
+    file.write_bytes(capture_bytes(content))
+    integers = {"type": "torch.Tensor", "dtype": "torch.int64", "shape": [3, 2]}
+    integers |= {"Max": 5, "Min": 0, "Mean": None, "Norm": None}
+    record = {
+        "input_args": [leaf(X, "bfloat16"), integers],
+        "input_kwargs": {},
+        "output": [leaf(X * 2 * factor, "bfloat16")],
+    }
+    root = write_dump(tmp_path / "dump", [{name: record}])
+
+    sides = (file, root) if is_golden else (root, file)
+    code, (verdict,) = compared(capfd, *sides)
+
+    assert code == (factor != 1.0)
+    assert (verdict["judged"], verdict["missing"]) == (3, 0)
+    assert verdict["failed"] == (factor != 1.0)
