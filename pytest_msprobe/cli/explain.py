@@ -10,8 +10,12 @@ from pytest_msprobe.compare.match import row_names
 from pytest_msprobe.compare.tolerance import default_limits, matching, unmatched_error
 from pytest_msprobe.config.settings import Settings, read_settings
 from pytest_msprobe.config.toml import has_table
-from pytest_msprobe.dump.capture import CaptureFile, TensorLine, read_capture
-from pytest_msprobe.dump.capture import read_header as read_golden_header
+from pytest_msprobe.dump.capture import (
+    CaptureFile,
+    TensorLine,
+    read_capture,
+    read_header,
+)
 from pytest_msprobe.errors import ConfigError, DumpFormatError
 from pytest_msprobe.model.limits import LIMIT_NAMES, NOISE_MULTIPLE, ROW_METRICS, Rule
 from pytest_msprobe.model.verdict import RowId
@@ -88,7 +92,7 @@ def _nothing(
 
 def _goldens(directory: Path) -> Iterator[_Golden]:
     for path in sorted(directory.rglob("*.jsonl")):
-        yield _Golden(path, read_golden_header(path).test)
+        yield _Golden(path, read_header(path).test)
 
 
 def _print_golden(golden: _Golden, capture: CaptureFile) -> None:
