@@ -17,7 +17,7 @@ from pytest_msprobe.config.source import (
     read_source,
     require_keys,
 )
-from pytest_msprobe.config.toml import KeyPath
+from pytest_msprobe.config.toml import KeyPath, has_table
 from pytest_msprobe.model.limits import (
     RULE_KEYS,
     KeyMode,
@@ -99,7 +99,8 @@ def read_settings(path: Path) -> Settings:
 
     Args:
         path: An msProbe config.json, or YAML or `[tool.msprobe]` of a pyproject.toml
-            with the sections `capture`, `engine`, `tolerances` and `golden`.
+            with the sections `capture`, `engine`, `tolerances` and `golden`. Beside a
+            config.json the last three may stand in a pyproject.toml.
 
     Raises:
         ConfigError: One line with file, line or key, and what was expected.
@@ -107,9 +108,37 @@ def read_settings(path: Path) -> Settings:
     path = path.absolute()
     source = read_source(path)
     if path.suffix == ".json":
-        capture = parse_debugger_config(source)
-        golden = GoldenSettings(path.parent / "golden")
-        return Settings(path, capture, EngineSettings(), (), golden)
+        return _read_config_json(source, path)
+    _check_sections(source)
+    require_keys(source, ("capture",), source.data["capture"], known_keys())
+    _check_task_sections(source)
+    capture = parse_debugger_config(source, ("capture",), default_level="L0")
+    return _settings(path, capture, source)
+
+
+def _read_config_json(source: Source, path: Path) -> Settings:
+    """An msProbe config.json; its other sections stand in pyproject.toml beside it."""
+    capture = parse_debugger_config(source)
+    beside = path.parent / "pyproject.toml"
+    more = read_source(beside) if has_table(beside) else Source(beside, {})
+    _check_sections(more)
+    if more.data["capture"]:
+        raise more.error(("capture",), f"stands in {path.name}; leave it out here")
+    return _settings(path, capture, more)
+
+
+def _settings(path: Path, capture: DebuggerConfig, source: Source) -> Settings:
+    return Settings(
+        path,
+        capture,
+        _read_engine(source),
+        _read_tolerances(source),
+        _read_golden(source, path.parent),
+    )
+
+
+def _check_sections(source: Source) -> None:
+    """Refuses unknown sections; those that are left out become empty."""
     require_keys(source, (), source.data, list(SECTIONS))
     for section in SECTIONS:
         value = source.data.get(section)
@@ -119,15 +148,6 @@ def read_settings(path: Path) -> Settings:
             raise source.error(
                 (section,), f"expected keys and values, found {describe(value)}"
             )
-    require_keys(source, ("capture",), source.data["capture"], known_keys())
-    _check_task_sections(source)
-    return Settings(
-        path,
-        parse_debugger_config(source, ("capture",), default_level="L0"),
-        _read_engine(source),
-        _read_tolerances(source),
-        _read_golden(source, path.parent),
-    )
 
 
 def _check_task_sections(source: Source) -> None:

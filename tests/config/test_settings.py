@@ -84,6 +84,23 @@ def test_settings_may_live_in_pyproject(tmp_path):
     assert settings.rules[2].only
 
 
+def test_tolerances_of_a_config_json_stand_in_pyproject(tmp_path):
+    """Beside an msProbe config.json, [tool.msprobe] holds what it has no place for."""
+    write(tmp_path, PYPROJECT, "pyproject.toml")
+    path = write(tmp_path, json.dumps(SEED), "config.json")
+
+    settings = read_settings(path)
+
+    assert settings.capture.level == "mix"
+    assert settings.engine.arguments["model"] == "any"
+    assert len(settings.rules) == 3
+
+    text = PYPROJECT + '[tool.msprobe.capture]\nlevel = "L0"\n'
+    write(tmp_path, text, "pyproject.toml")
+    with pytest.raises(ConfigError, match="capture: stands in config"):
+        read_settings(path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "phrase"),
     [
