@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_msprobe.errors import MsprobeError
-from pytest_msprobe.session import MARKER, SESSION, MsprobeSession
+from pytest_msprobe.session import CALIBRATION, MARKER, SESSION, MsprobeSession
 
 _FIXTURES = {"msprobe", "msprobe_engine"}
 # Set by the command pytest-msprobe: a file to note the run folder in.
@@ -83,6 +83,9 @@ def _read(config: pytest.Config) -> MsprobeSession | None:
             "own machine and commit the files"
         )
         raise pytest.UsageError(message)
+    if os.environ.get(CALIBRATION) and is_ci():
+        message = f"{CALIBRATION} is set where CI is: nothing would fail; unset it"
+        raise pytest.UsageError(message)
     try:
         settings = read_settings(config.invocation_params.dir / Path(path))
     except MsprobeError as error:
@@ -120,6 +123,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     if session is None:
         return None
     text = f"msprobe: {session.settings.path}"
+    if session.calibration is not None:
+        text += ", calibrating: no verdict fails"
     return f"{text}, updating goldens ({session.update})" if session.update else text
 
 

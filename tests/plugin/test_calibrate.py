@@ -110,3 +110,17 @@ def test_wrong_use(project, monkeypatch, arguments, variables, phrase):
     assert result.ret == 4
     assert phrase in text_of(result)
     assert "test session starts" not in text_of(result)
+
+
+def test_a_run_that_calibrates_fails_nothing_and_is_refused_in_ci(project, monkeypatch):
+    """It says so in its first lines; where CI is set it is refused."""
+    change = '{"engine": {}, "env": {}, "reverse": false}'
+    monkeypatch.setenv("MSPROBE_CALIBRATION", change)
+    project.write(TEST.replace("FACTOR", "1.5"))
+
+    result = project.run()
+    assert result.ret == 0
+    assert "calibrating: no verdict fails" in text_of(result)
+
+    monkeypatch.setenv("CI", "true")
+    assert project.run().ret == 4
