@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -243,8 +244,9 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
 
 def _numbers(known: dict[str, int], texts: Sequence[str]) -> _I64:
     """Numbers of texts, new ones added."""
-    add = known.setdefault
-    return np.array([add(text, len(known)) for text in texts], dtype=np.int64)
+    for text in dict.fromkeys(texts):
+        known.setdefault(text, len(known))
+    return np.fromiter(map(known.__getitem__, texts), np.int64, len(texts))
 
 
 def _positions(tensors: Mapping[int, TensorLine], ids: list[int]) -> _I64:
@@ -472,7 +474,8 @@ def columns_of(tensors: Sequence[TensorLine]) -> Columns:
     lengths = np.array([len(t.v) for t in tensors])
     padding = [None, None]
     numbers = [t.v if len(t.v) == _WITH_SUMS else [*t.v, *padding] for t in tensors]
-    values = np.array(numbers, dtype=np.float64).reshape(size, _WITH_SUMS)
+    flat = list(chain.from_iterable(numbers))
+    values = np.array(flat, dtype=np.float64).reshape(size, _WITH_SUMS)
     nonfinite = np.zeros((size, 3), dtype=np.int64)
     for index in [index for index, tensor in enumerate(tensors) if tensor.x]:
         nonfinite[index] = tensors[index].x
