@@ -8,9 +8,11 @@ method only if the environment variable or the engine's additional_config asks f
 
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 _MARK = "_msprobe_wrapped"
+_METHOD = "msprobe_control"
 _WORKER_BASE = "vllm.v1.worker.worker_base"
 _DUMP_KEYS = ("dump_config", "dump_config_path")
 
@@ -19,19 +21,33 @@ def register() -> None:
     """Wraps the one method, once a process; does nothing where there are no workers."""
     _check_command()
     module = sys.modules.get(_WORKER_BASE)
-    wrapper_class = getattr(module, "WorkerWrapperBase", None)
-    original = getattr(wrapper_class, "init_device", None)
-    if wrapper_class is None or original is None or hasattr(original, _MARK):
+    base = getattr(module, "WorkerWrapperBase", None)
+    if base is None:
         return
+    # Ray's older executor derives a class with copies of all methods; a copy may have
+    # the mark of the method that it copies, but it is not that method.
+    for owner in _with_subclasses(base):
+        method = vars(owner).get("init_device")
+        if method is not None and getattr(method, _MARK, None) is not method:
+            owner.init_device = _attaching(method)
 
+
+def _with_subclasses(base: Any) -> Iterator[Any]:
+    yield base
+    for derived in base.__subclasses__():
+        yield from _with_subclasses(derived)
+
+
+def _attaching(original: Any) -> Any:
     @functools.wraps(original)
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        _attach(self)
+        if _METHOD not in vars(self):
+            _attach(self)
         return result
 
-    setattr(init_device, _MARK, True)
-    wrapper_class.init_device = init_device
+    setattr(init_device, _MARK, init_device)
+    return init_device
 
 
 def _attach(wrapper: Any) -> None:

@@ -4,6 +4,7 @@
 import contextlib
 import gc
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ _LEFT: dict[int, tuple[list["psutil.Process"], set[Path]]] = {}
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 # What vLLM's processes name theirs.
 _SHARED_PREFIXES = ("vllm_", "psm_")
+# What pydantic adds to the reason that vLLM gave.
+_PYDANTIC_LINK = "For further information"
+_PYDANTIC_TAIL = re.compile(r" \[type=\w+, input_value=.*\]$")
 _ENVIRONMENT = {
     # The engine core runs in the test's process: scheduling does not depend on timing.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -98,11 +102,19 @@ def start_engine(arguments: dict[str, Any]) -> Any:
     except EngineError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        text = reason[-1] if reason else type(error).__name__
+        text = reason_of(error)
         message = f"vLLM {vllm_version()} could not start the engine: {text}"
         hint = f"arguments: {arguments}"
         raise EngineError(message, slug="engine-start", hint=hint) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The line of an error that says why, without what pydantic writes around it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(_PYDANTIC_LINK)]
+    if not telling:
+        return type(error).__name__
+    return _PYDANTIC_TAIL.sub("", telling[-1]).removeprefix("Value error, ")
 
 
 def stop_engine(llm: Any) -> None:

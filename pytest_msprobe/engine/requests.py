@@ -63,10 +63,14 @@ class RequestTable:
         """Notes what a step schedules; requests seen first get the next labels.
 
         Raises:
-            CaptureError: The step runs an encoder (images, audio).
+            CaptureError: A request has encoder inputs (images, audio), be they
+                computed in this step or kept from an earlier one.
         """
-        if getattr(scheduler_output, "scheduled_encoder_inputs", None):
-            message = "the step computes encoder inputs (images, audio)"
+        if getattr(scheduler_output, "scheduled_encoder_inputs", None) or any(
+            getattr(new, "mm_features", None)
+            for new in scheduler_output.scheduled_new_reqs
+        ):
+            message = "a request has encoder inputs (images, audio)"
             hint = "this version captures requests of text only; leave them out"
             raise CaptureError(message, slug="encoder-inputs", hint=hint)
         self._scheduled = dict(scheduler_output.num_scheduled_tokens)

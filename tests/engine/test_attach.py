@@ -209,13 +209,25 @@ def test_a_request_of_before_the_capture():
     assert (rows.label, rows.position) == (0, 17)
 
 
-def test_encoder_inputs_are_refused():
-    """Images and audio are refused in one line, not captured without their place."""
-    output = scheduled({"a": 2}, [new("a", 2)])
-    output.scheduled_encoder_inputs = {"a": [0]}
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_encoder_inputs_are_refused(attached, is_cached):
+    """Images and audio end the recording with one line, the model goes on.
 
-    with pytest.raises(CaptureError, match="requests of text only"):
-        RequestTable().begin_step(output)
+    So do those whose encoder ran for an earlier request: the prompt's ids alone do not
+    say which image it is.
+    """
+    runner, attachment, end = attached
+    request = new("a", 2)
+    request.mm_features = ["an image"]
+    output = scheduled({"a": 2}, [request])
+    output.scheduled_encoder_inputs = {} if is_cached else {"a": [0]}
+    runner.result = "output"
+
+    assert runner.execute_model(output) == "output"
+    assert attachment.recorded_steps == 0
+    with pytest.raises(CaptureError, match="leave them out") as caught:
+        end()
+    assert "a request has encoder inputs (images, audio)" in str(caught.value)
 
 
 def test_the_adapter_follows_the_runners_class():

@@ -10,6 +10,7 @@ import tools
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.engine.client import converse, start_capture
+from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.errors import EngineError
 
 LONG = " ".join([tools.PROMPT] * 6)
@@ -185,6 +186,34 @@ def test_speculative_decoding_is_refused(demo_model, tmp_path):
         start = start_capture(DebuggerConfig(level="L0"), tmp_path, decode_steps=2)
         with pytest.raises(Exception, match="without speculative_config"):
             converse(llm, start)
+
+
+@pytest.mark.parametrize(
+    "name", ["prefill_context_parallel_size", "decode_context_parallel_size"]
+)
+def test_context_parallel_is_refused(demo_model, name):
+    """VLLM's own configuration of such an engine is refused, with the setting's name.
+
+    No engine is started: no attention backend of the CPU supports it.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=str(demo_model),
+        enforce_eager=True,
+        tensor_parallel_size=4,  # more than the model's key-value heads
+        decode_context_parallel_size=2 if name.startswith("decode") else 1,
+        **tools.ARGUMENTS,
+    )
+    config = arguments.create_engine_config()
+    if name.startswith("prefill"):
+        # Only model runner V2 has it, so that here EngineArgs would not take it.
+        check_engine(config)
+        config.parallel_config.prefill_context_parallel_size = 2
+
+    with pytest.raises(EngineError, match=f"{name}=2: rows are spread") as caught:
+        check_engine(config)
+    assert f"start the engine with {name}=1" in str(caught.value)
 
 
 def test_nan_and_infinity_survive_every_file(engine, tmp_path):

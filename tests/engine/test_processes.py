@@ -2,6 +2,7 @@
 """Two runs in separate processes, and the edit of msProbe's own guide."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,9 +22,18 @@ for level in ("L0", "mix"):
 
 
 def run_python(program, *arguments, **environment):
-    """Runs a program in a process of its own; returns what it printed."""
+    """Runs a program in a process of its own; returns what it printed.
+
+    Args:
+        program: Its text; the modules of the tests can be imported.
+        arguments: Its command line.
+        environment: Variables; PYTHONPATH stands before what is there already.
+    """
+    places = (environment.pop("PYTHONPATH", ""), tools.ROOT / "tests",
+              os.environ.get("PYTHONPATH", ""))  # fmt: skip
+    path = os.pathsep.join(str(place) for place in places if place)
     variables = tools.clean_environment(
-        **tools.ENVIRONMENT, PYTHONPATH=str(tools.ROOT / "tests"), **environment
+        **{**tools.ENVIRONMENT, "PYTHONPATH": path, **environment}
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
