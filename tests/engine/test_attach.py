@@ -200,6 +200,46 @@ def test_rows_of_a_sorted_batch():
     assert (layout.tokens, layout.padded_tokens) == (5, 8)
 
 
+class SecondRunner(Runner):
+    """A runner of the second kind: sorts its batch, keeps a tuple between the calls."""
+
+    def prepare_inputs(self, scheduler_output):
+        tokens = scheduler_output.num_scheduled_tokens
+        return SimpleNamespace(req_ids=sorted(tokens, key=tokens.get))
+
+    def sample(self, hidden):
+        return SimpleNamespace(sampled_token_ids=hidden.new_zeros((2, 1)).long()), None
+
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        batch = self.prepare_inputs(scheduler_output)
+        rows = torch.arange(scheduler_output.total_num_scheduled_tokens) % 16
+        self.execute_model_state = (self.model(rows), batch)
+
+    def sample_tokens(self, grammar_output):
+        hidden, _ = self.execute_model_state
+        return self.sample(hidden)
+
+
+def test_the_second_runners_order_is_that_of_its_batch(tmp_path):
+    """Rows follow what prepare_inputs returned, not the order of scheduling."""
+    module = "vllm.v1.worker.gpu.model_runner"
+    runner = type("GPUModelRunner", (SecondRunner,), {"__module__": module})()
+    recorder = Recorder(
+        DebuggerConfig(level="L0"), tmp_path, rank=0, is_kept=True, is_deferred=True
+    )
+    attachment = attachment_for(runner, recorder)
+    attachment.install()
+    runner.execute_model(scheduled({"a": 6, "b": 2}, [new("a", 6), new("b", 2)]))
+    assert attachment.recorded_steps == 0  # the logits are still to come
+    runner.sample_tokens(None)
+    attachment.remove()
+
+    (step,) = recorder.close()
+    rows = [(r.label, r.first_row, r.rows) for r in step.layout.requests]
+    assert rows == [(1, 0, 2), (0, 2, 6)]
+    assert "prepare_inputs" not in runner.__dict__
+
+
 def test_a_request_of_before_the_capture():
     """A request that was running already gets a label and its position."""
     table = RequestTable()
@@ -211,11 +251,7 @@ def test_a_request_of_before_the_capture():
 
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_encoder_inputs_are_refused(attached, is_cached):
-    """Images and audio end the recording with one line, the model goes on.
-
-    So do those whose encoder ran for an earlier request: the prompt's ids alone do not
-    say which image it is.
-    """
+    """Images and audio end the recording with one line, computed now or kept."""
     runner, attachment, end = attached
     request = new("a", 2)
     request.mm_features = ["an image"]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines and tests that fail in the middle: what is left, and what is said."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -143,19 +146,24 @@ def test_after_unwritable(msprobe_engine, msprobe):
 """
 
 
-def shared():
-    """The shared memory of this machine."""
+def left_memory(before):
+    """Shared memory made since then that no process uses."""
     from pytest_msprobe.engine.launch import shared_memory
 
-    return shared_memory()
+    found = shared_memory() - before
+    for process in psutil.process_iter() if found else ():
+        with contextlib.suppress(psutil.Error, OSError):
+            found -= {Path(entry.path) for entry in process.memory_maps()}
+    return found
 
 
-def vllm_processes():
-    """Processes of engines that belong to nobody any more, or to this one."""
+def left_processes(folder):
+    """Processes of engines that were started in a folder."""
     titles = ("VLLM::", "multiprocessing.spawn")
     return {
         process.pid
-        for process in psutil.process_iter(["cmdline"])
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if process.info["cwd"] == str(folder.resolve())
         if any(title in " ".join(process.info["cmdline"] or ()) for title in titles)
     }
 
@@ -168,7 +176,9 @@ def tokens(engine):
 
 
 def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
-    """Runs a test file against real engines; what was there before is there after."""
+    """Runs a test file against real engines, of which nothing is left afterwards."""
+    from pytest_msprobe.engine.launch import shared_memory
+
     (pytester.path / "msprobe.yaml").write_text(
         CONFIG.format(model=tools.MODEL, more=more)
     )
@@ -176,7 +186,7 @@ def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
         (HEAD + tests).replace("{tokens}", str(tokens))
     )
     environment = tools.clean_environment(**{**tools.ENVIRONMENT, **variables})
-    before = shared(), vllm_processes()
+    before = shared_memory()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA",
          "--msprobe-config", "msprobe.yaml", "--msprobe-update=new", *arguments],
@@ -188,10 +198,9 @@ def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
         check=False,
     )  # fmt: skip
     deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and (shared(), vllm_processes()) != before:
+    while left_processes(pytester.path) or left_memory(before):
+        assert time.monotonic() < deadline, "an engine left processes or shared memory"
         time.sleep(0.5)
-    assert vllm_processes() <= before[1]
-    assert shared() <= before[0]
     return done
 
 
@@ -335,6 +344,25 @@ while True:
         text = path.read_text()
         assert len(text) == 4_000_000
         assert len(set(text)) == 1
+
+
+def test_what_an_engine_leaves_is_seen(tmp_path):
+    """Processes of an engine and shared memory that nobody uses are found."""
+    program = "import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, "VLLM::EngineCore"],
+                          cwd=tmp_path) as child:  # fmt: skip
+        assert left_processes(tmp_path) == {child.pid}
+        child.kill()
+    from pytest_msprobe.engine.launch import shared_memory
+
+    before = shared_memory()
+    memory = Path(f"/dev/shm/vllm_test_{os.getpid()}")  # noqa: S108 - shared memory
+    memory.write_bytes(b"0")
+    try:
+        assert memory in left_memory(before)
+    finally:
+        memory.unlink()
+    assert not left_processes(tmp_path)
 
 
 def test_steps_are_the_ranks_that_wrote_them(tmp_path):

@@ -192,10 +192,8 @@ def test_speculative_decoding_is_refused(demo_model, tmp_path):
     "name", ["prefill_context_parallel_size", "decode_context_parallel_size"]
 )
 def test_context_parallel_is_refused(demo_model, name):
-    """VLLM's own configuration of such an engine is refused, with the setting's name.
-
-    No engine is started: no attention backend of the CPU supports it.
-    """
+    """VLLM's own configuration of such an engine is refused by the setting's name."""
+    # No attention backend of the CPU supports it, so that no engine can be started.
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = EngineArgs(
@@ -229,6 +227,11 @@ def test_nan_and_infinity_survive_every_file(engine, tmp_path):
 
     with tools.wrapped_forward(layer, broken):
         faulty = tools.capture(engine, tmp_path)
+        folder = str(tmp_path / "replies")
+        tools.control(engine, "start", config={"level": "L0"}, folder=folder)
+        tools.generate(engine, [tools.PROMPT])
+        reply = tools.control(engine, "stop")
+        assert json.dumps(reply, allow_nan=False)  # HTTP routes take nothing else
 
     name = "Module.model.layers.2.mlp.Qwen2MLP.forward.0"
     dump = json.loads((faulty.path.parent / "step0/rank0/dump.json").read_text())

@@ -120,6 +120,22 @@ def test_replies_stay_aligned_after_an_error(parallel, tmp_path):
     assert len(engines.capture_ranks(parallel, tmp_path)) == 2
 
 
+def test_an_error_on_one_rank_leaves_no_reply_behind(parallel, tmp_path):
+    """Where only rank 1 refuses, each later call still gets its own replies."""
+    start = {"action": "start", "config": {"level": "L0", "rank": [1]}}
+    payload = json.dumps({**start, "folder": str(tmp_path)})
+    first, second = (parallel.collective_rpc(METHOD, args=(payload,)) for _ in range(2))
+
+    assert [reply["ok"] for reply in first] == [True, True]
+    assert [reply["ok"] for reply in second] == [True, False]
+    assert "already running" in second[1]["error"]
+    status = converse(parallel, ask_workers("status"))
+    assert [reply["rank"] for reply in status] == [0, 1]
+    assert [reply["capturing"] for reply in status] == [False, True]
+    converse(parallel, ask_workers("abandon", folder=str(tmp_path)))
+    assert not any(r["capturing"] for r in converse(parallel, ask_workers("status")))
+
+
 def test_one_rank_can_be_selected(parallel, tmp_path):
     """The key rank limits a capture to some ranks."""
     (file,) = engines.capture_ranks(parallel, tmp_path, rank=(1,))
