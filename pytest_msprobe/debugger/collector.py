@@ -9,6 +9,7 @@ the first error is kept, recording stops, and whoever ends the capture raises it
 Records are kept raw and turned into plain ones when they are written.
 """
 
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -180,6 +181,7 @@ class Collector:
         measurer: Measures tensors.
         error: First error met while recording, or None.
         is_recording: Whether calls are recorded now.
+        thread: The thread whose calls are recorded, which runs the model.
         layout: Rows of the open step, None before the forward or where unknown.
         model_dimensions: Sizes that parameters of the model have.
         places: Of the slots of modules, by path.
@@ -194,6 +196,7 @@ class Collector:
         self.measurer = Measurer(config.pending_bytes, is_once=config.measure_once)
         self.error: BaseException | None = None
         self.is_recording = False
+        self.thread = threading.get_ident()
         self.layout: StepLayout | None = None
         self.model_dimensions: frozenset[int] = frozenset()
         self.places: dict[str, Places] = {}
@@ -279,7 +282,8 @@ class Collector:
         return step
 
     def resume(self) -> None:
-        """Starts recording in the open step."""
+        """Starts recording in the open step what this thread calls."""
+        self.thread = threading.get_ident()
         self.is_recording = self._step is not None and self.error is None
 
     def pause(self) -> None:

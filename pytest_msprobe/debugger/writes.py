@@ -73,11 +73,9 @@ class WriteBarriers:
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
         self._originals: list[tuple[Any, str, Any]] = []
-        self._thread = threading.get_ident()
 
     def install(self) -> None:
         """Replaces them."""
-        self._thread = threading.get_ident()
         for owner, name, written in _writers():
             self._replace(owner, name, written)
         for name in _ALLOCATORS:
@@ -96,13 +94,13 @@ class WriteBarriers:
         """Replaces a function that makes tensors."""
         original = getattr(owner, name)
         own = vars(owner).get(name, _MISSING)
-        collector, thread = self._collector, self._thread
-        identify = threading.get_ident
+        collector, identify = self._collector, threading.get_ident
 
         @functools.wraps(original)
         def allocate(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if collector.is_recording and identify() == thread and "out" not in kwargs:
+            is_ours = collector.is_recording and identify() == collector.thread
+            if is_ours and "out" not in kwargs:
                 collector.mark_fresh(result)
             return result
 
@@ -117,12 +115,11 @@ class WriteBarriers:
     ) -> None:
         original = getattr(owner, name)
         own = vars(owner).get(name, _MISSING)
-        collector, thread = self._collector, self._thread
-        identify = threading.get_ident
+        collector, identify = self._collector, threading.get_ident
 
         @functools.wraps(original)
         def barrier(*args: Any, **kwargs: Any) -> Any:
-            if collector.is_recording and identify() == thread:
+            if collector.is_recording and identify() == collector.thread:
                 found = written(args, kwargs)
                 if found:
                     collector.before_write(_tensors(found))
@@ -216,7 +213,6 @@ class TritonWatch:
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
-        self._thread = threading.get_ident()
         self._hooks: Any = None
 
     def install(self) -> None:
@@ -238,5 +234,5 @@ class TritonWatch:
         collector = self._collector
         if collector.measurer.is_launching or not collector.is_recording:
             return
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == collector.thread:
             collector.before_any_write()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who wrote a tensor's memory, and when it is measured again."""
 
+import threading
+
 import pytest
 import torch
 
@@ -60,17 +62,32 @@ class Holder(torch.nn.Module):
         return x + self.child(self.state)
 
 
-def run(tmp_path, model, inputs, *, level="mix", between=None):
+class Overwriter(torch.nn.Module):
+    """Overwrites what its child gave, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.child(x).mul_(3.0)
+
+
+def run(tmp_path, model, inputs, *, level="mix", between=None, call=None):
     """Records two forwards of a model; returns the recorder's steps."""
     root = torch.nn.Sequential(model)
     config = DebuggerConfig(level=level, risk_level="ALL")
     recorder = Recorder(config, tmp_path, rank=0, is_kept=True, is_deferred=True)
     recorder.attach(root)
     for step in range(2):
-        recorder.begin_step(step)
-        with recorder.recording, torch.inference_mode():
-            root(inputs)
-        recorder.end_step()
+
+        def forward(step=step):
+            recorder.begin_step(step)
+            with recorder.recording, torch.inference_mode():
+                root(inputs)
+            recorder.end_step()
+
+        forward() if call is None else call(forward)
         if between is not None and step == 0:
             between(model)
     return recorder.close()
@@ -133,6 +150,25 @@ def test_a_changed_weight_is_measured_again(tmp_path):
         call_of(step, "Linear").parameters["weight"].rows[0, 0] for step in steps
     )
     assert after == pytest.approx(before + 10.0)
+
+
+def in_a_thread(function):
+    """Calls a function in a thread of its own."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_a_model_may_run_in_another_thread(tmp_path, level):
+    """A result is read before it is overwritten, whichever thread runs the model."""
+    model, inputs = Overwriter(), torch.ones(2, 4)
+    expected = model.child(inputs).max().item()
+
+    for call in (None, in_a_thread):
+        for step in run(tmp_path, model, inputs, level=level, call=call):
+            (result,) = call_of(step, ".child.").output
+            assert result.rows[0, 0] == pytest.approx(expected)
 
 
 class Pooling(torch.nn.Module):
