@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PIP_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN = $(VENV)/bin
+# Environment of the real msProbe, for tests/interop only.
+INTEROP = .interop
 MODEL = .demo/tiny-qwen2
 # So that the numbers of a run do not depend on how many cores there are.
 export OMP_NUM_THREADS = 1
@@ -14,7 +16,7 @@ export OMP_NUM_THREADS = 1
 .DEFAULT_GOAL := help
 # What a failing command has half made is not taken for made by the next run.
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lint types format bench clean
+.PHONY: help env demo test interop lint types format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +40,15 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors ## the gate on a real vLLM engin
 test: $(VENV)/.ready $(MODEL)/model.safetensors lint types ## the whole test suite
 	$(BIN)/python -m pytest
 
+$(INTEROP)/.ready: requirements/interop.lock
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(PIP_OPTIONS) -r requirements/interop.lock
+	touch $@
+
+interop: $(VENV)/.ready $(INTEROP)/.ready ## our dumps against those of the real msProbe
+	$(BIN)/python -m pytest tests/interop
+
 lint: $(VENV)/.ready ## formatting, lint, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -54,4 +65,4 @@ bench: $(VENV)/.ready $(MODEL)/model.safetensors ## overhead table
 	$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove everything that is made
-	rm -rf $(VENV) .demo .msprobe build dist *.egg-info
+	rm -rf $(VENV) $(INTEROP) .demo .msprobe build dist *.egg-info

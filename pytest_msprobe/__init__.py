@@ -4,22 +4,32 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_msprobe.debugger.debugger import PrecisionDebugger
+    from pytest_msprobe.debugger.debugger import (
+        PrecisionDebugger,
+        module_dump,
+        module_dump_end,
+    )
     from pytest_msprobe.debugger.seed import seed_all
 
-__all__ = ["PrecisionDebugger", "__version__", "seed_all"]
+__all__ = [
+    "PrecisionDebugger",
+    "__version__",
+    "module_dump",
+    "module_dump_end",
+    "seed_all",
+]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """Imports the debugger, and with it torch, only when it is asked for."""
-    if name in ("PrecisionDebugger", "seed_all"):
+    if name in ("PrecisionDebugger", "module_dump", "module_dump_end"):
         _require_torch()
-    if name == "PrecisionDebugger":
-        from pytest_msprobe.debugger.debugger import PrecisionDebugger
+        from pytest_msprobe.debugger import debugger
 
-        return PrecisionDebugger
+        return getattr(debugger, name)
     if name == "seed_all":
+        _require_torch()
         from pytest_msprobe.debugger.seed import seed_all
 
         return seed_all

@@ -58,6 +58,8 @@ def test_public_surface():
     """What users import is what is listed, and the version is the distribution's."""
     assert set(pytest_msprobe.__all__) == {
         "PrecisionDebugger",
+        "module_dump",
+        "module_dump_end",
         "seed_all",
         "__version__",
     }

@@ -16,6 +16,7 @@ from pytest_msprobe.report.record import read_verdict
 from pytest_msprobe.report.terminal import render_failure, render_green
 
 FINDING = 1
+_SHOWN_FINDINGS = 20
 
 
 def check(run: str, *, golden: str | None = None) -> int:

@@ -5,6 +5,7 @@ The keys and their meaning follow msProbe 26.2's documentation, so that a user's
 works as it is. Unknown keys are ignored in a JSON file, as msProbe does.
 """
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,33 +13,71 @@ from typing import Any, Literal
 from pytest_msprobe.config.source import Source, describe
 from pytest_msprobe.config.toml import KeyPath
 
-Task = Literal["statistics", "tensor", "structure"]
-Level = Literal["L0", "L1", "mix"]
+Task = Literal["statistics", "tensor", "structure", "nan_check"]
+Level = Literal["L0", "L1", "mix", "debug"]
 SummaryMode = Literal["statistics", "md5", "xor"]
 RiskLevel = Literal["ALL", "FOCUS", "CORE"]
 
-TASKS = ("statistics", "tensor", "structure")
+# Names in a file: overflow_check is the older name of nan_check, diff_check is the task
+# tensor with bench_path.
+TASKS = (
+    *("statistics", "tensor", "structure"),
+    *("nan_check", "overflow_check", "diff_check"),
+)
+_SAME_TASK: dict[str, Task] = {"overflow_check": "nan_check", "diff_check": "tensor"}
+# Of captures; `debug` records nothing by itself.
 LEVELS = ("L0", "L1", "mix")
 SUMMARY_MODES = ("statistics", "md5", "xor")
 RISK_LEVELS = ("ALL", "FOCUS", "CORE")
 DATA_MODES = ("all", "forward", "backward", "input", "output")
 _KNOWN_ELSEWHERE = {
     "task": {
-        "nan_check": "not supported by this version",
-        "overflow_check": "not supported by this version",
-        "diff_check": "not supported by this version",
         "acc_check": "it re-runs APIs offline and records nothing",
+        "free_benchmark": "msProbe has removed it",
     },
-    "level": {
-        "L2": "it drives the NPU's own dumper",
-        "debug": "not supported by this version",
-    },
+    "level": {"L2": "it drives the NPU's own dumper"},
 }
-_UNSUPPORTED = ("load",)
-_UNSUPPORTED_IN_SECTION = ("slice", "request_id", "bench_path", "diff_nums")
 MAX_STEP = 10**6
+_MODULE_CALL = re.compile(r"Module\..+\.forward\.\d+")
+_SLICE_KEYS = ("dim", "size", "begin", "end")
 DEFAULT_MAX_BYTES = 10 * 2**30
 DEFAULT_PENDING_BYTES = 48 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rule of `slice`: which part of a dimension is recorded.
+
+    Attributes:
+        dim: The dimension.
+        size: Only tensors with exactly this size there, None for all.
+        begin: First index, negative ones count from the end.
+        end: Index behind the last one, None for the end.
+    """
+
+    dim: int = 0
+    size: int | None = None
+    begin: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Inputs of modules that are replaced by those of an earlier dump.
+
+    Attributes:
+        path: Folder of that dump; its task is tensor.
+        modules: Full names of the calls.
+        step: Step of the dump, None for the running one.
+        rank: Rank of the dump, None for the running one.
+        dumps: Whether this run records as well.
+    """
+
+    path: str
+    modules: tuple[str, ...]
+    step: int | None = None
+    rank: int | None = None
+    dumps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +85,12 @@ class DebuggerConfig:
     """What to record and where to.
 
     Attributes:
-        task: What is written: statistics, tensors as well, or names only.
+        task: What is written: statistics, tensors as well, names only, or how many
+            NaN and infinite elements each call gave.
         dump_path: Folder of the dump, None where the caller decides.
         rank: Ranks to record, empty for all.
         step: Steps to record, empty for all.
-        level: L0 modules, L1 APIs, mix both.
+        level: L0 modules, L1 APIs, mix both, debug what is handed to `save`.
         async_dump: Whether a thread writes the files, while the next step runs.
         extra_info: Whether stack.json and construct.json are filled.
         precision: Accepted; sums are always accumulated in more than the dtype.
@@ -62,6 +102,11 @@ class DebuggerConfig:
         tensor_list: Substrings of names whose tensors are saved as well.
         data_mode: Directions and sides that are kept.
         summary_mode: Statistics, with a CRC-32 (md5), or a checksum instead (xor).
+        slice: Which parts of tensors are recorded.
+        request_id: Only the rows of this request, by `scheduled_tokens`; or None.
+        bench_path: An earlier dump; tensors are saved where they differ from it.
+        diff_nums: After so many such calls recording ends, -1 for no end.
+        load: Inputs that are replaced, None for none.
         dump_enable: Whether recording is on; None where the file has no such key and
             is therefore not watched.
         max_bytes: Recording stops when a rank has written so much. Not a key of
@@ -88,6 +133,11 @@ class DebuggerConfig:
     tensor_list: tuple[str, ...] = ()
     data_mode: tuple[str, ...] = ("all",)
     summary_mode: SummaryMode = "statistics"
+    slice: tuple[Cut, ...] = ()
+    request_id: str | None = None
+    bench_path: str | None = None
+    diff_nums: int = 1
+    load: Load | None = None
     dump_enable: bool | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
     pending_bytes: int = DEFAULT_PENDING_BYTES
@@ -108,16 +158,23 @@ class DebuggerConfig:
         """Whether any tensor is written to a file."""
         return self.task == "tensor" or bool(self.tensor_list)
 
-    def keeps(self, side: Literal["input", "output"]) -> bool:
-        """Whether the forward data of one side is kept (`data_mode`)."""
-        modes = set(self.data_mode)
-        if "all" in modes:
-            return True
-        directions = modes & {"forward", "backward"}
-        sides = modes & {"input", "output"}
-        return (not directions or "forward" in directions) and (
-            not sides or side in sides
-        )
+    @property
+    def has_backward(self) -> bool:
+        """Whether gradients are recorded where there are any."""
+        return self._has_direction("backward")
+
+    def keeps(
+        self,
+        side: Literal["input", "output"],
+        direction: Literal["forward", "backward"] = "forward",
+    ) -> bool:
+        """Whether the data of one side of a direction is kept (`data_mode`)."""
+        sides = set(self.data_mode) & {"input", "output"}
+        return self._has_direction(direction) and (not sides or side in sides)
+
+    def _has_direction(self, direction: str) -> bool:
+        directions = set(self.data_mode) & {"forward", "backward"}
+        return not directions or direction in directions
 
 
 @dataclass(slots=True)
@@ -213,7 +270,7 @@ def _check_scope(reader: _Reader, scope: tuple[str, ...], level: str) -> None:
         raise reader.error("scope", "expected two names, first and last")
     for text in scope:
         name = parse_call_name(text)
-        wanted = {"L0": "modules", "L1": "APIs", "mix": "calls"}[level]
+        wanted = {"L0": "modules", "L1": "APIs"}.get(level, "calls")
         if (
             name is None
             or (level == "L0" and not name.is_module)
@@ -246,8 +303,8 @@ def parse_debugger_config(
         default_level: Level where the key is absent.
 
     Raises:
-        ConfigError: A value is wrong or asks for something this version cannot do;
-            the message names file, line or key and what was expected.
+        ConfigError: A value is wrong or asks for something that cannot be done; the
+            message names file, line or key and what was expected.
     """
     data: Any = source.data
     for part in key:
@@ -259,16 +316,15 @@ def parse_debugger_config(
     }
     general = _Reader(source, key, {**data, **given})
     task = general.choice("task", TASKS, "statistics")
-    level = general.choice("level", LEVELS, default_level)
+    level = general.choice("level", (*LEVELS, "debug"), default_level)
     raw_section = data.get(task, {})
     if not isinstance(raw_section, dict):
         raise general.error(task, "expected keys and values")
     section = _Reader(source, (*key, task), raw_section)
-    _refuse_unsupported(general, section)
     scope = section.texts("scope")
     _check_scope(section, scope, level)
     values: dict[str, Any] = {
-        "task": task,
+        "task": _SAME_TASK.get(task, task),
         "level": level,
         "dump_path": general.text("dump_path", None),
         "rank": general.numbers("rank"),
@@ -287,7 +343,12 @@ def parse_debugger_config(
         "max_bytes": _read_bytes(general, "max_bytes", DEFAULT_MAX_BYTES, least=1),
         "pending_bytes": _read_bytes(general, "pending_bytes", DEFAULT_PENDING_BYTES),
         "measure_once": general.flag("measure_once", default=True),
+        "load": _read_load(general, level),
     }
+    if level != "debug":
+        values["slice"] = _read_slice(section)
+        values["request_id"] = section.text("request_id", None) or None
+        values.update(_read_bench(section, task, values["summary_mode"]))
     if general.has("dump_enable"):
         values["dump_enable"] = general.flag("dump_enable", default=True)
     if task == "structure" and level == "L1":
@@ -314,26 +375,94 @@ def _read_bytes(reader: _Reader, name: str, default: int, *, least: int = 0) -> 
     return value
 
 
-def _refuse_unsupported(general: _Reader, section: _Reader) -> None:
-    for reader, names in ((general, _UNSUPPORTED), (section, _UNSUPPORTED_IN_SECTION)):
-        for name in names:
-            if reader.data.get(name) not in (None, "", [], {}):
-                raise reader.error(
-                    name, "not supported by this version; remove the key"
-                )
+def _read_slice(reader: _Reader) -> tuple[Cut, ...]:
+    """Rules of `slice`; of two for one dimension the last one counts."""
+    value = reader.data.get("slice") or []
+    if not isinstance(value, list):
+        raise reader.error("slice", 'expected a list such as [{"dim": 0, "end": 8}]')
+    cuts: dict[int, Cut] = {}
+    for item in value:
+        is_known = isinstance(item, dict) and all(
+            name in _SLICE_KEYS and _is_whole(number) for name, number in item.items()
+        )
+        if not is_known or any(item.get(name, 0) < 0 for name in ("dim", "size")):
+            expected = "expected whole numbers dim, size (>= 0), begin and end"
+            raise reader.error("slice", expected)
+        cut = Cut(**item)
+        cuts[cut.dim] = cut
+    return tuple(cuts.values())
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_bench(reader: _Reader, task: str, summary_mode: str) -> dict[str, Any]:
+    """Keys of a comparison with an earlier dump."""
+    path = reader.text("bench_path", None)
+    if path is None:
+        if task == "diff_check":
+            raise reader.error("bench_path", "expected the folder of an earlier dump")
+        if reader.has("diff_nums") and task != "tensor":
+            raise reader.error("diff_nums", "it belongs to the task tensor")
+        return {}
+    if task not in ("tensor", "diff_check"):
+        raise reader.error("bench_path", "it belongs to the task tensor")
+    if not Path(path).is_dir():
+        raise reader.error("bench_path", "expected an existing folder")
+    if task == "diff_check":
+        summary_mode = "md5"
+    if summary_mode != "md5":
+        raise reader.error("summary_mode", "expected md5, which bench_path compares")
+    number = reader.data.get("diff_nums") or 1
+    if not _is_whole(number) or (number < 1 and number != -1):
+        raise reader.error("diff_nums", "expected a whole number >= 1, or -1")
+    return {"bench_path": path, "diff_nums": number, "summary_mode": "md5"}
+
+
+def _read_load(reader: _Reader, level: str) -> Load | None:
+    """The object `load`: inputs of modules that are replaced."""
+    data = reader.data.get("load")
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise reader.error("load", "expected an object with path and modules")
+    if level not in ("L0", "mix"):
+        raise reader.error("load", "it needs level L0 or mix")
+    inner = _Reader(reader.source, (*reader.key, "load"), data)
+    path = inner.text("path", None)
+    if path is None or not Path(path).is_dir():
+        raise inner.error("path", "expected the folder of an earlier dump")
+    modules = inner.texts("modules")
+    if not modules or len(set(modules)) < len(modules):
+        raise inner.error("modules", "expected names of module calls, each once")
+    if any(_MODULE_CALL.fullmatch(name) is None for name in modules):
+        raise inner.error("modules", "expected names such as Module.a.B.forward.0")
+    numbers = {name: inner.numbers(name) for name in ("step", "rank")}
+    for name, found in numbers.items():
+        if len(found) > 1:
+            raise inner.error(name, "expected at most one number")
+    step, rank = (found[0] if found else None for found in numbers.values())
+    dumps = inner.flag("dump_after_load", default=False)
+    return Load(path, modules, step, rank, dumps)
 
 
 def config_from_json(values: dict[str, Any]) -> DebuggerConfig:
     """The inverse of `dataclasses.asdict` and JSON: lists become tuples again."""
     fields_: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
+        name: tuple(value) if isinstance(value, list | tuple) else value
         for name, value in values.items()
     }
+    fields_["slice"] = tuple(Cut(**cut) for cut in fields_.get("slice", ()))
+    if fields_.get("load") is not None:
+        load = dict(fields_["load"])
+        fields_["load"] = Load(**{**load, "modules": tuple(load["modules"])})
     return DebuggerConfig(**fields_)
 
 
 def known_keys() -> list[str]:
     """Keys of the `capture` section: msProbe's general keys and the task sections."""
     own = {"names", "scope", "tensor_list", "data_mode", "summary_mode"}
+    own |= {"slice", "request_id", "bench_path", "diff_nums"}
     general = [f.name for f in fields(DebuggerConfig) if f.name not in own]
-    return [*general, *TASKS, *_UNSUPPORTED]
+    return [*general, *TASKS]

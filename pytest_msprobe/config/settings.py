@@ -8,6 +8,7 @@ from typing import Any
 from pytest_msprobe.config.debugger_config import (
     TASKS,
     DebuggerConfig,
+    Level,
     known_keys,
     parse_debugger_config,
 )
@@ -26,8 +27,7 @@ from pytest_msprobe.model.limits import (
 )
 
 SECTIONS = ("capture", "engine", "tolerances", "golden")
-# Keys of the sections statistics, tensor and structure; the second line's are known
-# only to be refused with a reason.
+# Keys of the sections of the tasks.
 TASK_KEYS = (
     *("scope", "list", "tensor_list", "data_mode", "summary_mode"),
     *("slice", "request_id", "bench_path", "diff_nums"),
@@ -112,13 +112,13 @@ def read_settings(path: Path) -> Settings:
     _check_sections(source)
     require_keys(source, ("capture",), source.data["capture"], known_keys())
     _check_task_sections(source)
-    capture = parse_debugger_config(source, ("capture",), default_level="L0")
+    capture = _read_capture(source, ("capture",), "L0")
     return _settings(path, capture, source)
 
 
 def _read_config_json(source: Source, path: Path) -> Settings:
     """An msProbe config.json; its other sections stand in pyproject.toml beside it."""
-    capture = parse_debugger_config(source)
+    capture = _read_capture(source, (), "L1")
     beside = path.parent / "pyproject.toml"
     more = read_source(beside) if has_table(beside) else Source(beside, {})
     _check_sections(more)
@@ -148,6 +148,18 @@ def _check_sections(source: Source) -> None:
             raise source.error(
                 (section,), f"expected keys and values, found {describe(value)}"
             )
+
+
+def _read_capture(source: Source, key: KeyPath, level: Level) -> DebuggerConfig:
+    """What captures record; what only a program of one's own can do is refused."""
+    config = parse_debugger_config(source, key, default_level=level)
+    expected = "it needs a program that calls PrecisionDebugger itself"
+    if config.level == "debug":
+        raise source.error((*key, "level"), f"debug: {expected}")
+    for name in ("load", "bench_path", "request_id"):
+        if getattr(config, name) is not None:
+            raise source.error((*key, name), expected)
+    return config
 
 
 def _check_task_sections(source: Source) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.config.debugger_config import Cut, DebuggerConfig
 from pytest_msprobe.debugger.calls import describe_value
 from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
@@ -29,10 +29,18 @@ from pytest_msprobe.debugger.measure import (
     is_suspicious,
 )
 from pytest_msprobe.debugger.selection import Selection
+from pytest_msprobe.debugger.slices import cut_tensor
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
-from pytest_msprobe.model.calls import Frame, Phase, Role, TensorValue, Tree
+from pytest_msprobe.model.calls import (
+    Frame,
+    Kind,
+    Phase,
+    Role,
+    TensorValue,
+    Tree,
+)
 from pytest_msprobe.model.records import CHECKSUM
 from pytest_msprobe.model.segments import (
     Piece,
@@ -42,6 +50,9 @@ from pytest_msprobe.model.segments import (
 )
 
 if TYPE_CHECKING:
+    from pytest_msprobe.debugger.backward import Backward
+    from pytest_msprobe.debugger.bench import Bench
+    from pytest_msprobe.debugger.load import Loader
     from pytest_msprobe.debugger.progress import Progress
     from pytest_msprobe.model.shards import Places
 
@@ -114,6 +125,7 @@ class RawCall:
     read when the collector's log is, before anything can have written them.
     """
 
+    kind: Kind = "forward"
     key = ""
     parent: "RawCall | None" = None
     phase: Phase = "outside"
@@ -188,6 +200,11 @@ class Collector:
         progress: Where the running call is noted, None to note nothing.
         saved_bytes: Bytes of tensors saved to files.
         unseen: How many calls run inside which writes are not seen.
+        forward_range: First and last forward that are recorded, None for all.
+        generation: How many steps have begun.
+        backward: Records gradients, None where there are none to record.
+        bench: An earlier dump that calls are held against, None for none.
+        loader: Replaces inputs of modules, None where none are.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
@@ -203,10 +220,20 @@ class Collector:
         self.progress: Progress | None = None
         self.saved_bytes = 0
         self.unseen = 0
+        self.forward_range: tuple[int, int] | None = None
+        self._forwards = 0
+        self.backward: Backward | None = None
+        self.bench: Bench | None = None
+        self.loader: Loader | None = None
+        self._module_sites: dict[str, CallSite] = {}
         self._measures = config.task != "structure"
+        self._cuts = config.slice
+        cuts = bool(config.slice or config.request_id)
         self._is_plain = not config.saves_tensors and (
-            config.summary_mode == "statistics" and self._measures
+            config.summary_mode == "statistics" and self._measures and not cuts
         )
+        if cuts:
+            self._measure_at = self._measure_cut  # type: ignore[method-assign]
         self._reads_inputs = config.keeps("input") or config.has_modules
         self._log: list[RawCall] = []
         self._noted = 0  # calls that are no longer in the log
@@ -214,7 +241,7 @@ class Collector:
         self._fresh: tuple[torch.Tensor | None, int] = (None, 0)
         self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
-        self._generation = 0
+        self.generation = 0
         self._stack: list[RawCall] = []
         self._key_counts: dict[str, int] = {}
         self._layout_source: LayoutSource | None = None
@@ -251,7 +278,7 @@ class Collector:
             self._step = RawStep(number)
             if self.config.extra_info:
                 self._step.common_stack = capture_stack(frame, None)
-            self._generation += 1
+            self.generation += 1
             self._key_counts.clear()
             self._stack.clear()
             self.selection.reset()
@@ -284,7 +311,11 @@ class Collector:
     def resume(self) -> None:
         """Starts recording in the open step what this thread calls."""
         self.thread = threading.get_ident()
-        self.is_recording = self._step is not None and self.error is None
+        self.is_recording = (
+            self._step is not None
+            and self.error is None
+            and (self.bench is None or not self.bench.is_finished)
+        )
 
     def pause(self) -> None:
         """Stops recording, the step stays open."""
@@ -310,6 +341,27 @@ class Collector:
             kind = type(self.error).__name__
             message = f"recording stopped: {kind}: {self.error}"
             raise CaptureError(message, slug="recording") from self.error
+
+    def set_request(self, cut: Cut | None) -> None:
+        """Keeps only the rows of one request besides what `slice` keeps."""
+        self._cuts = (*self.config.slice, cut) if cut else self.config.slice
+
+    def count_forward(self) -> None:
+        """A forward of the model starts; only those of `forward_range` are recorded."""
+        assert self.forward_range is not None
+        first, last = self.forward_range
+        number, self._forwards = self._forwards, self._forwards + 1
+        if first <= number <= last:
+            self.resume()
+        else:
+            self.pause()
+
+    def set_forward_range(self, bounds: tuple[int, int] | None) -> None:
+        """Records only these forwards from now on, None for everything."""
+        self.forward_range = bounds
+        self._forwards = 0
+        if bounds is not None:
+            self.pause()
 
     def set_opaque(self, addresses: frozenset[int]) -> None:
         """Names the storages (by first byte) that are never measured: KV caches."""
@@ -348,6 +400,14 @@ class Collector:
         """Innermost module call that is running."""
         return self._stack[-1] if self._stack else None
 
+    def module_site(self, prefix: str) -> CallSite:
+        """The site of a module's calls; what has the same name shares its numbers."""
+        site = self._module_sites.get(prefix)
+        if site is None:
+            site = CallSite(prefix, "", is_module=True)
+            self._module_sites[prefix] = site
+        return site
+
     def begin_call(self, site: CallSite, key_prefix: str = "") -> RawCall:
         """A record for a call that starts, numbered within the step.
 
@@ -355,8 +415,8 @@ class Collector:
             site: What is called.
             key_prefix: Of a shared module: its name below the parent that calls it.
         """
-        if site.generation != self._generation:
-            site.generation, site.count = self._generation, 0
+        if site.generation != self.generation:
+            site.generation, site.count = self.generation, 0
         number = site.count
         site.count = number + 1
         stack = self._stack
@@ -372,6 +432,39 @@ class Collector:
         if site.is_module:
             stack.append(call)
         return call
+
+    def make_call(self, site: CallSite, number: int) -> RawCall:
+        """A record that is not numbered by the collector and encloses nothing."""
+        call = RawCall(site, number, 0)
+        call.phase = self.measurer.phase
+        return call
+
+    def add_call(self, call: RawCall) -> None:
+        """Adds a record that was read when it was made, behind what was noted."""
+        self.read_log()
+        if self._step is not None:
+            self._step.calls.append(call)
+
+    def read_values(self, call: RawCall, side: str, values: Any) -> Any:
+        """Measures values that are neither arguments nor results: gradients.
+
+        They are read at once: autograd adds to them where no write is seen.
+
+        Args:
+            call: Where they belong.
+            side: Name of their slot.
+            values: A list of tensors and None, or one tensor.
+        """
+        self.read_log()
+        self.measurer.forget()
+        self._current = call
+        if isinstance(values, torch.Tensor):
+            tree = [self._read_one(values, side, call, side)]
+        else:
+            tree = self._read(values, side, call, 128 if side == "output" else 0)
+        self.measurer.launch()
+        self.measurer.forget()
+        return tree
 
     def log_inputs(
         self, call: RawCall, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -419,6 +512,8 @@ class Collector:
         self._noted += len(log)
         if not self.is_recording:
             return
+        if self.unseen:
+            self.measurer.forget()
         was_recording, self.is_recording = self.is_recording, False
         try:
             if self.config.has_functions:
@@ -429,7 +524,8 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
         else:
-            self.is_recording = was_recording
+            is_finished = self.bench is not None and self.bench.is_finished
+            self.is_recording = was_recording and not is_finished
 
     def _read_calls(self, log: list[RawCall]) -> None:
         for call in log:
@@ -440,6 +536,8 @@ class Collector:
                     self._read_inputs(call)
             else:
                 self._read_outputs(call)
+                if self.bench is not None:
+                    self.saved_bytes += self.bench.finish(call, self._tensor_folder)
                 if self._step is not None:
                     self._step.calls.append(call)
 
@@ -680,6 +778,12 @@ class Collector:
             )
         return value if self._is_plain else self._add_data(tensor, slot, call, value)
 
+    def _measure_cut(
+        self, tensor: torch.Tensor, slot: str, call: RawCall, place: Any
+    ) -> Tree:
+        part = cut_tensor(tensor, self._cuts)
+        return Collector._measure_at(self, part, slot, call, place)
+
     def _measure_constant(self, tensor: torch.Tensor) -> Measured | TensorValue:
         """Parameters and buffers: the same numbers until somebody writes them."""
         form = (tensor.shape, tensor.stride(), tensor.dtype)
@@ -704,7 +808,9 @@ class Collector:
         if self.config.summary_mode != "statistics":
             changes["digest"] = digest(tensor, self.config.summary_mode)
         listed = any(entry in call.name for entry in self.config.tensor_list)
-        if self._tensor_folder and (self.config.task == "tensor" or listed):
+        if self.bench is not None:
+            self.bench.hold(call, slot, tensor)
+        elif self._tensor_folder and (self.config.task == "tensor" or listed):
             name = file_name(call.name, slot)
             changes["data_name"] = save_tensor(self._tensor_folder, name, tensor)
             self.saved_bytes += tensor.numel() * tensor.element_size()

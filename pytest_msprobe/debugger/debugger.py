@@ -3,15 +3,23 @@
 
 import atexit
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Self
+
+import torch
 
 from pytest_msprobe.config.source import Source, read_source
 from pytest_msprobe.config.watch import ConfigWatch
+from pytest_msprobe.debugger.custom import CustomApis
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Models, Recorder
+from pytest_msprobe.debugger.saved import SavedVariables, is_savable
+from pytest_msprobe.debugger.slices import cut_of_request
+from pytest_msprobe.dump.layout import rank_folder, rank_name
 from pytest_msprobe.errors import CaptureError, ConfigError
 
 _LOG = logging.getLogger("pytest_msprobe")
@@ -57,9 +65,9 @@ class PrecisionDebugger:
 
         Args:
             config_path: An msProbe config.json, None for the defaults.
-            task: statistics, tensor or structure.
+            task: statistics, tensor, structure, nan_check or diff_check.
             dump_path: Folder of the dump.
-            level: L0, L1 or mix.
+            level: L0, L1, mix or debug.
             step: Steps to record, whole numbers and ranges `"a-b"`.
 
         Raises:
@@ -80,6 +88,9 @@ class PrecisionDebugger:
         self._rank: int | None = None
         self._is_rank_known = False
         self._has_open_step = False
+        self._saved: SavedVariables | None = None
+        self._customs = CustomApis(lambda: self._recorder)
+        self._warned: set[str] = set()
         self._is_ready = True
         atexit.register(self._flush)
 
@@ -103,32 +114,45 @@ class PrecisionDebugger:
 
         Args:
             model: A module, or a list or tuple of modules; needed at L0 and mix.
-            token_range: Not supported by this version.
+            token_range: First and last forward of the model that are recorded,
+                counted from 0 at this start; None for all.
             rank_id: Rank of this process, taken from torch.distributed if not given.
                 The first one known is kept.
-            scheduled_tokens: Accepted for vLLM-Ascend's call; not used.
+            scheduled_tokens: Tokens of each request in this batch, in its order; with
+                the key `request_id` only that request's rows are recorded.
 
         Raises:
             CaptureError: No object was constructed, or the level needs a model.
-            ConfigError: An argument is wrong or not supported.
+            ConfigError: An argument is wrong.
         """
-        del scheduled_tokens
         with cls._lock:
             self = cls._get()
-            if token_range is not None:
-                message = f"token_range {token_range!r}: not supported by this version"
-                raise ConfigError(message, slug="token-range", hint="leave it out")
+            bounds = _check_token_range(token_range, model)
             self._settle_rank(rank_id)
             self._look()
-            if self._is_recording or not self._is_wanted():
+            if self.config.level == "debug" or not self._is_wanted():
                 return
             recorder = self._get_recorder()
             recorder.attach(model)
+            if self._is_recording or recorder.is_finished:
+                return
+            try:
+                cut = cut_of_request(self.config.request_id, scheduled_tokens)
+            except KeyError as missing:
+                self._warn(f"request {missing} is not in this step: nothing recorded")
+                return
+            recorder.collector.set_request(cut)
             frame = sys._getframe(1)  # noqa: SLF001 - stacks end at the caller
-            recorder.begin_step(self._step, frame=frame.f_back)
-            self._has_open_step = True
-            self._is_recording = True
-            recorder.recording.__enter__()
+            self._resume(frame.f_back)
+            recorder.collector.set_forward_range(bounds)
+
+    def _resume(self, frame: FrameType | None = None) -> None:
+        """Records from here on, in the running step."""
+        recorder = self._get_recorder()
+        recorder.begin_step(self._step, frame=frame)
+        self._has_open_step = True
+        self._is_recording = True
+        recorder.recording.__enter__()
 
     @classmethod
     def stop(cls) -> None:
@@ -153,11 +177,7 @@ class PrecisionDebugger:
                 return
             self._pause()
             if self._is_wanted():
-                recorder = self._get_recorder()
-                recorder.begin_step(self._step)
-                self._has_open_step = True
-                self._is_recording = True
-                recorder.recording.__enter__()
+                self._resume()
 
     @classmethod
     def set_init_step(cls, step: int) -> None:
@@ -173,6 +193,94 @@ class PrecisionDebugger:
             cls._get()._step = step  # noqa: SLF001 - the object is of this class
 
     @classmethod
+    def save(
+        cls,
+        variable: Any,
+        name: str,
+        save_backward: bool = True,  # noqa: FBT001, FBT002 - msProbe's signature
+    ) -> None:
+        """Writes a variable to debug.json, at level debug.
+
+        What cannot be saved is reported once and breaks nothing.
+
+        Args:
+            variable: A tensor, number, text or None, or a list, tuple or dict of them.
+            name: Of the entry; calls of one name are numbered within a step.
+            save_backward: Whether the gradients of its tensors are saved as well.
+        """
+        with cls._lock:
+            self = cls._get()
+            if self.config.level != "debug":
+                self._warn(f"save({name!r}): nothing is saved at {self.config.level}")
+                return
+            given: object = name
+            if not isinstance(given, str) or not is_savable(variable):
+                kind = type(variable).__name__
+                self._warn(f"save({name!r}): a {kind} cannot be saved")
+                return
+            self._settle_rank(None)
+            if not self._is_wanted():
+                return
+            if self._saved is None:
+                folder = rank_folder(
+                    self._dump_path, self._step, rank_name(self._rank, os.getpid())
+                )
+                self._saved = SavedVariables(self.config, folder)
+            self._saved.save(variable, name, with_gradient=bool(save_backward))
+
+    @classmethod
+    def register_custom_api(
+        cls, module: Any, api: str, prefix: str | None = None
+    ) -> None:
+        """Records the calls of a function as `<prefix>.<api>.<n>.forward`.
+
+        Args:
+            module: Module or class that holds the function.
+            api: Its name there.
+            prefix: In place of the module's name.
+
+        Raises:
+            CaptureError: No object was constructed.
+            ConfigError: There is no such function, or the prefix is no text.
+        """
+        with cls._lock:
+            cls._get()._customs.register(module, api, prefix)  # noqa: SLF001 - own class
+
+    @classmethod
+    def restore_custom_api(cls, module: Any, api: str) -> None:
+        """Puts a registered function back; harmless where it is none."""
+        with cls._lock:
+            cls._get()._customs.restore(module, api)  # noqa: SLF001 - own class
+
+    @classmethod
+    def begin_module(cls, module: torch.nn.Module, name: str) -> None:
+        """Records only this module, as `Module.<name>.<Class>`, until `end_module`.
+
+        Raises:
+            CaptureError: No object was constructed, or nothing is being recorded.
+            ConfigError: An argument has the wrong type.
+        """
+        given: tuple[object, object] = (module, name)
+        if not isinstance(given[0], torch.nn.Module) or not isinstance(given[1], str):
+            message = f"module_dump({type(module).__name__}, {name!r}): expected a "
+            raise ConfigError(message + "module and a name", slug="module-dump")
+        with cls._lock:
+            self = cls._get()
+            if not self._is_recording:
+                message = f"module_dump({name!r}): nothing is being recorded"
+                raise CaptureError(message, slug="module-dump", hint="call start first")
+            if not self._get_recorder().begin_module(module, name):
+                self._warn(f"module_dump({name!r}): start has hooked this module")
+
+    @classmethod
+    def end_module(cls) -> None:
+        """Ends `begin_module`; harmless where there was none."""
+        with cls._lock:
+            self = cls._get()
+            if self._recorder is not None:
+                self._recorder.end_module()
+
+    @classmethod
     def reset(cls) -> None:
         """Writes what is open, takes all wrappers off and forgets the object."""
         with cls._lock:
@@ -180,6 +288,7 @@ class PrecisionDebugger:
             if self is None:
                 return
             self._flush()
+            self._customs.restore_all()
             if self._recorder is not None:
                 self._recorder.detach()
             atexit.unregister(self._flush)
@@ -224,13 +333,31 @@ class PrecisionDebugger:
                 list(self.config.rank),
             )
 
+    @property
+    def _dump_path(self) -> Path:
+        return Path(self.config.dump_path or _DEFAULT_DUMP_PATH)
+
     def _get_recorder(self) -> Recorder:
         if self._recorder is None:
-            path = Path(self.config.dump_path or _DEFAULT_DUMP_PATH)
-            self._recorder = Recorder(self.config, path, rank=self._rank, is_kept=False)
+            self._recorder = Recorder(
+                self.config, self._dump_path, rank=self._rank, is_kept=False
+            )
         return self._recorder
 
+    def _warn(self, text: str) -> None:
+        """Says something, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            _LOG.warning("msprobe: %s", text)
+
     def _write_step(self) -> None:
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            try:
+                saved.write()
+            except OSError as error:
+                self.error = self.error or error
+                _LOG.error("msprobe: variables could not be written: %s", error)
         if self._recorder is None or not self._has_open_step:
             return
         self._recorder.end_step()
@@ -248,13 +375,33 @@ class PrecisionDebugger:
         """Writes an open step and waits for the files."""
         with self._lock:
             self._pause()
+            self._write_step()
             if self._recorder is None:
                 return
-            self._write_step()
             try:
                 self._recorder.close()
             except CaptureError:
                 self._note_error()
+
+
+def _check_token_range(bounds: Any, model: Models | None) -> tuple[int, int] | None:
+    if bounds is None:
+        return None
+    is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2  # noqa: PLR2004
+    if not is_pair or any(
+        isinstance(b, bool) or not isinstance(b, int) for b in bounds
+    ):
+        message = f"token_range {bounds!r}: expected two whole numbers"
+        raise ConfigError(message, slug="token-range")
+    first, last = bounds
+    if not 0 <= first <= last:
+        message = f"token_range {bounds!r}: expected 0 <= first <= last"
+        raise ConfigError(message, slug="token-range")
+    if model is None:
+        message = f"token_range {bounds!r}: it counts forwards of a model"
+        hint = "use start(model=...)"
+        raise CaptureError(message, slug="no-model", hint=hint)
+    return first, last
 
 
 def _read_config(
@@ -278,7 +425,18 @@ def _read_config(
         "step": step,
     }
     watch = ConfigWatch(source, overrides)
-    if config_path is not None and watch.config.dump_path is None:
+    writes = watch.config.load is None or watch.config.load.dumps
+    if config_path is not None and watch.config.dump_path is None and writes:
         message = f"{config_path}: dump_path: expected the folder of the dump"
         raise ConfigError(message, slug="dump-path")
     return watch
+
+
+def module_dump(module: torch.nn.Module, name: str) -> None:
+    """See `PrecisionDebugger.begin_module`."""
+    PrecisionDebugger.begin_module(module, name)
+
+
+def module_dump_end() -> None:
+    """See `PrecisionDebugger.end_module`."""
+    PrecisionDebugger.end_module()

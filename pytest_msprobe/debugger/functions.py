@@ -6,10 +6,10 @@ a table: functions of the list file, operators of every namespace; everything el
 passed through, except that allocations and writes are noted for the roles of slots.
 """
 
-import dis
 import functools
 import importlib
 import importlib.util
+import inspect
 import operator
 import re
 import sys
@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
+    CodeType,
     FrameType,
     FunctionType,
     MethodDescriptorType,
@@ -31,6 +32,7 @@ import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
+from pytest_msprobe.debugger.callers import Callers
 from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
 from pytest_msprobe.debugger.measure import Measured
 from pytest_msprobe.errors import ConfigError
@@ -76,9 +78,6 @@ _C_FUNCTIONS = (
     MethodWrapperType,
     WrapperDescriptorType,
 )
-_OPERATOR_OPCODES = frozenset(
-    dis.opmap[name] for name in ("BINARY_OP", "COMPARE_OP") if name in dis.opmap
-)
 
 
 class Action(Enum):
@@ -98,6 +97,10 @@ class Entry:
         action: What is done with its calls.
         site: Name and numbering of its calls, None where they are not recorded.
         operator_site: The same for calls made by an operator (`a + b`).
+        unary_site: The same for calls made by a unary operator (`-a`).
+        code: Of a function in Python, whose arguments torch hands to a mode in
+            another form than the caller's.
+        parameters: Names of its parameters.
         positions: Positional arguments that it writes.
         names: Keyword arguments that it writes.
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
@@ -108,6 +111,9 @@ class Entry:
     action: Action
     site: CallSite | None = None
     operator_site: CallSite | None = None
+    unary_site: CallSite | None = None
+    code: CodeType | None = None
+    parameters: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     writes_unmarked: bool = False
@@ -249,9 +255,12 @@ class FunctionTable:
         self, owner: Any, function: Any, name: str, prefix: str, group: str
     ) -> None:
         api = name.rpartition(".")[2]
-        entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
+        entry = Entry(Action.RECORD, self.site(f"{prefix}.{api}."))
         if _is_in_place(api):
             entry.positions = (0,)
+        if prefix == "Tensor" and api == "neg":
+            entry.unary_site = self.site("Tensor.__neg__.")
+        entry.code, entry.parameters = _python_form(function)
         if group == "distributed" or not _is_seen_by_mode(function):
             self.unseen.append((owner, name, entry))
         elif function not in self._entries:
@@ -269,13 +278,13 @@ class FunctionTable:
             return
         if entry is None or entry.action is not Action.RECORD:
             entry = self._entries[function] = Entry(Action.RECORD)
-        site = self._site(f"Tensor.{names[0]}.")
+        site = self.site(f"Tensor.{names[0]}.")
         if entry.site is not site:
             entry.operator_site = site
         if any(_is_in_place(name) for name in names):
             entry.positions = (0,)
 
-    def _site(self, prefix: str) -> CallSite:
+    def site(self, prefix: str) -> CallSite:
         """The site of a name; functions that share a name share its numbering."""
         site = self._sites.get(prefix)
         if site is None:
@@ -310,11 +319,11 @@ class FunctionTable:
         else:
             prefix = namespace[:1].upper() + namespace[1:]
         if self._collector.selection.takes_api(api, prefix):
-            entry = Entry(Action.RECORD, self._site(f"{prefix}.{api}."))
+            entry = Entry(Action.RECORD, self.site(f"{prefix}.{api}."))
         else:  # not recorded, but what it writes is known
             entry = Entry(Action.WRITE)
         positions: set[int] = set()
-        names: set[str] = set()
+        names: dict[str, None] = {}  # in the schema's order
         opaque: list[int | str] = []
         returns_nothing = True
         for overload in overloads:
@@ -324,10 +333,10 @@ class FunctionTable:
                 alias = argument.alias_info
                 if alias is not None and alias.is_write:
                     positions.add(index)
-                    names.add(argument.name)
+                    names[argument.name] = None
                 if _HANDLE.search(argument.name) or _CACHE.search(argument.name):
                     opaque.extend((index, argument.name))
-        entry.positions, entry.names = tuple(sorted(positions)), tuple(sorted(names))
+        entry.positions, entry.names = tuple(sorted(positions)), tuple(names)
         entry.writes_unmarked = returns_nothing and not positions
         entry.opaque = tuple(opaque)
         return entry
@@ -368,6 +377,16 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
+def _python_form(function: Any) -> tuple[CodeType | None, tuple[str, ...]]:
+    """Code and parameters of a function in Python that asks torch.overrides itself."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return None, ()
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None, ()
+    return function.__code__, tuple(p.name for p in parameters)
+
+
 def _is_seen_by_mode(function: Any) -> bool:
     """Whether calls of a function reach a function mode.
 
@@ -388,26 +407,6 @@ def _is_seen_by_mode(function: Any) -> bool:
     return True
 
 
-class OperatorCalls:
-    """Tells whether a call was made by an operator, from the caller's bytecode."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], bool] = {}
-        self._codes: dict[int, Any] = {}
-
-    def is_operator(self, frame: FrameType) -> bool:
-        """Whether the frame's current instruction is a binary operator."""
-        code, offset = frame.f_code, frame.f_lasti
-        site = (id(code), offset)
-        known = self._known.get(site)
-        if known is None:
-            # The code object is kept so that its id cannot be taken by another one.
-            self._codes[id(code)] = code
-            known = code.co_code[offset] in _OPERATOR_OPCODES
-            self._known[site] = known
-        return known
-
-
 class FunctionMode(TorchFunctionMode):
     """Records the calls that the table asks for."""
 
@@ -415,7 +414,7 @@ class FunctionMode(TorchFunctionMode):
         super().__init__()
         self._collector = collector
         self._table = table
-        self._operators = OperatorCalls()
+        self._callers = Callers()
 
     def __torch_function__(
         self,
@@ -436,16 +435,68 @@ class FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
         site = entry.site
-        if site is None and entry.operator_site is None:
+        has_operators = entry.operator_site is not None or entry.unary_site is not None
+        if site is None and not has_operators:
             if entry.action is Action.PASS and not entry.is_python and not kwargs:
                 return func(*args, **kwargs)
             return call_unrecorded(collector, entry, func, args, kwargs)
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
-        if entry.operator_site is not None and self._operators.is_operator(frame):
-            site = entry.operator_site
+        if has_operators:
+            site = self._operator_site(entry, site, frame, args)
         if site is None:
             return call_unrecorded(collector, entry, func, args, kwargs)
-        return record_call(collector, entry, site, func, args, kwargs, frame)
+        seen = args, kwargs
+        if entry.code is not None:
+            seen = self._as_called(entry, frame, args, kwargs)
+        return record_call(collector, entry, site, func, args, kwargs, frame, seen)
+
+    def _operator_site(
+        self,
+        entry: Entry,
+        site: CallSite | None,
+        frame: FrameType,
+        args: tuple[Any, ...],
+    ) -> CallSite | None:
+        """The site of the operator that was written, else that of the function."""
+        place = self._callers.place(frame)
+        if place.unary:
+            return entry.unary_site or site
+        if not place.is_operator or entry.operator_site is None:
+            return site
+        if self._callers.is_swapped(frame, place, args):
+            return self._table.site(f"Tensor.{place.swapped}.")
+        return entry.operator_site
+
+    def _as_called(
+        self,
+        entry: Entry,
+        frame: FrameType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments as the caller wrote them.
+
+        A function in Python names nearly all of its arguments, and the defaults too,
+        when it hands them to a mode.
+        """
+        # mode <- torch.overrides.handle_torch_function <- function <- caller
+        function = frame.f_back
+        if function is None or function.f_code is not entry.code:
+            return args, kwargs
+        assert function.f_back is not None
+        place = self._callers.place(function.f_back)
+        if place.positional < 0:
+            return args, kwargs
+        names = entry.parameters
+        values = dict(zip(names, args, strict=False)) | kwargs
+        count = place.positional + (names[0] == "self")  # called on a tensor
+        try:
+            return (
+                tuple(values[name] for name in names[:count]),
+                {name: values[name] for name in place.keywords},
+            )
+        except KeyError:
+            return args, kwargs
 
 
 def call_unrecorded(
@@ -497,8 +548,21 @@ def record_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     frame: FrameType,
+    seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
 ) -> Any:
-    """Calls a function and records inputs before and outputs after."""
+    """Calls a function and records inputs before and outputs after.
+
+    Args:
+        collector: Where the call is recorded.
+        entry: What is known of the function.
+        site: Name of the call.
+        func: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        frame: Its caller.
+        seen: Arguments to record where they differ from those to call with.
+    """
+    seen_args, seen_kwargs = seen or (args, kwargs)
     call: RawCall | None = None
     written: list[torch.Tensor] = []
     try:
@@ -509,7 +573,7 @@ def record_call(
                 collector.take_stack(call, frame)
             if entry.opaque or "out" in kwargs:
                 call.adjust = functools.partial(_set_roles, entry=entry)
-            collector.log_inputs(call, args, kwargs)
+            collector.log_inputs(call, seen_args, seen_kwargs)
         else:
             selection.leave(call.name, is_module=False)
             call = None
@@ -526,6 +590,8 @@ def record_call(
     if call is not None and collector.is_recording:
         try:
             collector.log_outputs(call, result, written)
+            if collector.backward is not None:
+                collector.backward.watch_function(call, result)
             if not selection.is_trivial:
                 selection.leave(call.name, is_module=False)
         except Exception as error:  # noqa: BLE001 - never into the model

@@ -28,6 +28,7 @@ def _call(call: RawCall, step: RawStep) -> CallRecord:
         _tree(call.parameters, step),
         call.stack,
         call.phase,
+        call.kind,
     )
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
+from pytest_msprobe.debugger.backward import Backward, ModulePass
+from pytest_msprobe.debugger.collector import Collector, RawCall
+from pytest_msprobe.debugger.load import Loader
 
 _MISSING = object()
 
@@ -48,6 +50,7 @@ class ModuleWrappers:
         self._collector = collector
         self._model = model
         self._originals: list[tuple[torch.nn.Module, object]] = []
+        self._has_modules = False
 
     def install(self, *, has_modules: bool) -> None:
         """Wraps every submodule and notes where the model's forward begins.
@@ -56,15 +59,28 @@ class ModuleWrappers:
             has_modules: Whether calls of modules are recorded; else only the place
                 where the forward begins is noted.
         """
+        self._has_modules = has_modules
         sizes: set[int] = set()
         for module, paths in module_paths(self._model).values():
             for parameter in module.parameters(recurse=False):
                 sizes.update(parameter.shape)
             if has_modules:
                 self._wrap(module, self._record(module, paths))
-        for _, root in root_models(self._model):
-            self._wrap(root, self._mark_forward(root))
+                if self._collector.backward is not None:
+                    prefix = f"Module.{paths[0]}.{type(module).__name__}"
+                    self._collector.backward.watch_parameters(module, prefix)
+        for index, (_, root) in enumerate(root_models(self._model)):
+            self._wrap(root, self._mark_forward(root, is_counted=index == 0))
         self._collector.model_dimensions |= sizes
+
+    def install_one(self, name: str) -> None:
+        """Wraps the model itself under a name, and nothing inside it."""
+        assert isinstance(self._model, torch.nn.Module)
+        self._wrap(self._model, self._record(self._model, [name]))
+
+    def has(self, module: torch.nn.Module) -> bool:
+        """Whether a module is recorded."""
+        return self._has_modules and id(module) in module_paths(self._model)
 
     def remove(self) -> None:
         """Restores every module as it was."""
@@ -79,11 +95,15 @@ class ModuleWrappers:
         self._originals.append((module, module.__dict__.get("forward", _MISSING)))
         module.__dict__["forward"] = wrapper
 
-    def _mark_forward(self, root: torch.nn.Module) -> Callable[..., Any]:
+    def _mark_forward(
+        self, root: torch.nn.Module, *, is_counted: bool
+    ) -> Callable[..., Any]:
         collector, original = self._collector, root.forward
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if is_counted and collector.forward_range is not None:
+                collector.count_forward()
             if not collector.is_recording:
                 return original(*args, **kwargs)
             try:
@@ -99,7 +119,17 @@ class ModuleWrappers:
 
     def _record(self, module: torch.nn.Module, paths: list[str]) -> Callable[..., Any]:
         hook = _ModuleHook(self._collector, module, paths)
+        recorded = self._observe(module, hook)
+        if self._collector.loader is None:
+            return recorded
+        return _with_loaded(hook, recorded, self._collector.loader)
+
+    def _observe(
+        self, module: torch.nn.Module, hook: "_ModuleHook"
+    ) -> Callable[..., Any]:
         original = module.forward
+        if self._collector.backward is not None:
+            return _with_gradients(hook, original, self._collector.backward)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -117,6 +147,49 @@ class ModuleWrappers:
         return forward
 
 
+def _with_loaded(
+    hook: "_ModuleHook", recorded: Callable[..., Any], loader: Loader
+) -> Callable[..., Any]:
+    """The wrapper of a module whose inputs may be replaced."""
+
+    @functools.wraps(recorded)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if hook.collector.is_recording:
+            try:
+                with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                    args, kwargs = loader.replace(hook.next_name(), args, kwargs)
+            except Exception as error:  # noqa: BLE001 - never into the model
+                hook.collector.fail(error)
+        return recorded(*args, **kwargs)
+
+    return forward
+
+
+def _with_gradients(
+    hook: "_ModuleHook", original: Callable[..., Any], backward: Backward
+) -> Callable[..., Any]:
+    """The wrapper of a module whose gradients are recorded too."""
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not hook.collector.is_recording:
+            return original(*args, **kwargs)
+        entered = hook.enter(args, kwargs)
+        passed = hook.isolate(backward, entered, args)
+        inner = args if passed is None else passed.args
+        try:
+            result = original(*inner, **kwargs)
+        except BaseException:
+            hook.abort(entered)
+            raise
+        hook.leave(entered, result)
+        if passed is not None:
+            hook.watch(passed, result)
+        return result
+
+    return forward
+
+
 class _ModuleHook:
     """What is done around each call of one module; nothing raises."""
 
@@ -126,7 +199,7 @@ class _ModuleHook:
         name = type(module).__name__
         self.collector = collector
         self._module = module
-        self._site = CallSite(f"Module.{paths[0]}.{name}.forward.", "", is_module=True)
+        self._site = collector.module_site(f"Module.{paths[0]}.{name}.forward.")
         self._site.places = collector.places.get(paths[0], {})
         self._aliases = {}
         if len(paths) > 1:
@@ -137,6 +210,11 @@ class _ModuleHook:
         config = collector.config
         self._keeps_stacks = config.extra_info
         self._is_selective = not collector.selection.is_trivial
+
+    def next_name(self) -> str:
+        """Name that the next call will have."""
+        site, generation = self._site, self.collector.generation
+        return site.name(site.count if site.generation == generation else 0)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall | None:
         """Notes a call with its inputs."""
@@ -175,10 +253,32 @@ class _ModuleHook:
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
 
+    def isolate(
+        self, backward: Backward, call: RawCall | None, args: tuple[Any, ...]
+    ) -> ModulePass | None:
+        """Prepares a call for its backward; None where there will be none."""
+        if call is None or not torch.is_grad_enabled():
+            return None
+        try:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                return ModulePass(backward, call, args)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.collector.fail(error)
+            return None
+
+    def watch(self, passed: ModulePass, result: Any) -> None:
+        """Has the gradients of a call recorded."""
+        try:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                passed.watch(result)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.collector.fail(error)
+
     def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
         if call is not None:
             self.collector.leave_module(call)
+            self.collector.selection.leave(call.name, is_module=True)
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

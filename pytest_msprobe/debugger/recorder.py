@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.debugger.backward import Backward
+from pytest_msprobe.debugger.bench import Bench
 from pytest_msprobe.debugger.collector import Collector, LayoutSource, RawStep
 from pytest_msprobe.debugger.functions import (
     FunctionMode,
@@ -22,6 +24,7 @@ from pytest_msprobe.debugger.functions import (
     WrappedFunctions,
     read_op_list,
 )
+from pytest_msprobe.debugger.load import Loader
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
 from pytest_msprobe.debugger.writes import TritonWatch, WriteBarriers
@@ -75,16 +78,25 @@ class Recording:
         """Starts recording."""
         # The stance takes effect when it is made, so only its exit is left to call.
         self._stance = torch.compiler.set_stance("force_eager")
+        self.enter_functions()
+        self._recorder.collector.resume()
+
+    def leave_functions(self) -> None:
+        """Stops recording functions; modules go on."""
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def enter_functions(self) -> None:
+        """Records functions again."""
         self._mode = self._recorder.mode
         if self._mode is not None:
             self._mode.__enter__()  # type: ignore[no-untyped-call]
-        self._recorder.collector.resume()
 
     def __exit__(self, *error: object) -> None:
         """Stops recording."""
         self._recorder.collector.pause()
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.leave_functions()
         self._stance.__exit__(None, None, None)
 
 
@@ -108,6 +120,7 @@ class Recorder:
         rank: int | None,
         is_kept: bool,
         is_deferred: bool = False,
+        has_gradients: bool = True,
     ) -> None:
         """Makes a recorder.
 
@@ -119,11 +132,14 @@ class Recorder:
             is_deferred: Write the steps when recording has ended, so that writing does
                 not slow the model; else each step is written when it has ended: before
                 its results leave the process, or by a thread (async_dump).
+            has_gradients: Whether a backward may run; engines have none.
         """
         self.config = config
         self.folder = dump_path
         self.estimate: Estimate | None = None
         self.collector = Collector(config)
+        if has_gradients and config.has_backward:
+            self.collector.backward = Backward(self.collector)
         self.mode: FunctionMode | None = None
         self.recording = Recording(self)
         self._is_kept = is_kept
@@ -136,7 +152,7 @@ class Recorder:
             task=config.task,
             level=config.level,
             summary_mode=config.summary_mode,
-            keeps=config.keeps,  # type: ignore[arg-type]
+            keeps=config.keeps,
             has_extra_info=config.extra_info,
             saves_tensors=config.saves_tensors,
         )
@@ -144,6 +160,21 @@ class Recorder:
         self._wrapped: WrappedFunctions | None = None
         self._barriers: WriteBarriers | None = None
         self._watch: TritonWatch | None = None
+        self._single: ModuleWrappers | None = None
+        if config.bench_path is not None:
+            bench = Bench(
+                Path(config.bench_path), config.diff_nums, rank_name(rank, os.getpid())
+            )
+            self.collector.bench = bench
+        if config.load is not None:
+            self.collector.loader = Loader(config.load, rank_name(rank, os.getpid()))
+        self._dumps = config.load is None or config.load.dumps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be recorded, though nothing went wrong."""
+        bench = self.collector.bench
+        return bench is not None and bench.is_finished
 
     @property
     def bytes_written(self) -> int:
@@ -191,14 +222,52 @@ class Recorder:
             self._barriers = WriteBarriers(self.collector)
             self._barriers.install()
 
+    def begin_module(self, module: torch.nn.Module, name: str) -> bool:
+        """Records one module and no function, until `end_module`.
+
+        Args:
+            module: The module; what it calls is not recorded.
+            name: In place of its path.
+
+        Returns:
+            False where the module is recorded already.
+        """
+        if any(wrappers.has(module) for wrappers in self._wrappers.values()):
+            return False
+        self.end_module()
+        self.recording.leave_functions()
+        if self.config.has_functions:  # the mode that sees writes is off
+            self.collector.begin_unseen()
+        if self._wrapped is not None:
+            self._wrapped.remove()
+        self._single = ModuleWrappers(self.collector, module)
+        self._single.install_one(name)
+        return True
+
+    def end_module(self) -> None:
+        """Takes the module of `begin_module` off; functions are recorded again."""
+        single, self._single = self._single, None
+        if single is None:
+            return
+        single.remove()
+        if self.config.has_functions:
+            self.collector.end_unseen()
+        if self._wrapped is not None:
+            self._wrapped.install()
+        if self.collector.is_recording:
+            self.recording.enter_functions()
+
     def detach(self) -> None:
         """Takes every wrapper off again."""
+        self.end_module()
         if self.collector.progress is not None:
             self.collector.progress.close()
             self.collector.progress = None
         for wrappers in self._wrappers.values():
             wrappers.remove()
         self._wrappers.clear()
+        if self.collector.backward is not None:
+            self.collector.backward.remove()
         if self._wrapped is not None:
             self._wrapped.remove()
         self._wrapped = self.mode = None
@@ -215,9 +284,18 @@ class Recorder:
         layout_source: LayoutSource | None = None,
         frame: FrameType | None = None,
     ) -> None:
-        """Opens a step, or goes on with it if it is open."""
+        """Opens a step, or goes on with it if it is open.
+
+        Raises:
+            CaptureError: The dump of `bench_path` or `load` has no such step.
+            DumpFormatError: It is not readable.
+        """
+        if self.collector.bench is not None:
+            self.collector.bench.begin_step(number)
+        if self.collector.loader is not None:
+            self.collector.loader.begin_step(number)
         folder = None
-        if self.config.saves_tensors:
+        if self.config.saves_tensors and self._dumps:
             folder = self._writer.folder(number) / TENSORS
         self.collector.begin_step(
             number, layout_source=layout_source, frame=frame, tensor_folder=folder
@@ -226,7 +304,7 @@ class Recorder:
     def end_step(self) -> None:
         """Closes the step and sees to its files."""
         step = self.collector.end_step()
-        if step is None:
+        if step is None or not self._dumps:
             return
         if self.recorded_bytes > self.config.max_bytes:
             self.collector.fail(self._limit_error(step.step))
@@ -285,6 +363,9 @@ class Recorder:
         """
         self.detach()
         self.collector.measurer.settle()
+        loader = self.collector.loader
+        if loader is not None and loader.unused:
+            _LOG.warning("msprobe: load: never called: %s", ", ".join(loader.unused))
         deferred, self._deferred = self._deferred, []
         try:
             for step in deferred:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 DUMP = "dump.json"
+DEBUG = "debug.json"
 STACK = "stack.json"
 CONSTRUCT = "construct.json"
 TENSORS = "dump_tensor_data"

@@ -7,17 +7,20 @@ name is always whole.
 
 import json
 import linecache
+import logging
 import math
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pytest_msprobe.dump import layout
+from pytest_msprobe.dump.nonfinite import count_nonfinite, find_first
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model import records
 from pytest_msprobe.model.calls import (
@@ -30,6 +33,7 @@ from pytest_msprobe.model.calls import (
 )
 from pytest_msprobe.model.dtypes import element_type
 
+_LOG = logging.getLogger("pytest_msprobe")
 # Steps that may wait for the thread before the capture waits for it.
 PENDING_STEPS = 8
 _OWN_PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -137,10 +141,18 @@ def format_tree(tree: Tree, summary_mode: str) -> str:
 
 
 def format_call(
-    call: CallRecord, summary_mode: str, *, keeps: Callable[[str], bool]
+    call: CallRecord, summary_mode: str, *, keeps: Callable[..., bool]
 ) -> str:
     """The record of one call as JSON text, sides left out by `keeps` omitted."""
+    if call.kind == "parameters_grad":
+        return format_tree(call.parameters, summary_mode)
     parts = []
+    if call.kind == "backward":
+        if keeps("input", "backward"):
+            parts.append(f'"input": {format_tree(call.input_args, summary_mode)}')
+        if keeps("output", "backward"):
+            parts.append(f'"output": {format_tree(call.output, summary_mode)}')
+        return "{" + ", ".join(parts) + "}"
     if keeps("input"):
         parts.append(f'"input_args": {format_tree(call.input_args, summary_mode)}')
         parts.append(f'"input_kwargs": {format_tree(call.input_kwargs, summary_mode)}')
@@ -215,7 +227,7 @@ class DumpWriter:
         task: str,
         level: str,
         summary_mode: str,
-        keeps: Callable[[str], bool],
+        keeps: Callable[..., bool],
         has_extra_info: bool,
         saves_tensors: bool,
     ) -> None:
@@ -288,20 +300,27 @@ class DumpWriter:
 
     def write_now(self, step: StepRecord) -> None:
         """Writes a step in the calling thread."""
+        if not self._keeps("input") and not self._keeps("output"):
+            backward = [call for call in step.calls if call.kind != "forward"]
+            step = replace(step, calls=backward)
         folder = self.folder(step.step)
         folder.mkdir(parents=True, exist_ok=True)
         if self._has_extra_info:
             self._write_file(folder / layout.STACK, format_stacks(step))
             parents = {}
             if self._level != "L1":
-                parents = {call.name: call.parent for call in step.calls}
+                parents = {
+                    call.name: call.parent
+                    for call in step.calls
+                    if call.kind != "parameters_grad"
+                }
             self._write_file(folder / layout.CONSTRUCT, json.dumps(parents, indent=1))
         self._write_file(folder / layout.DUMP, self._format_dump(folder, step))
         self.steps_written.append(step.step)
 
     def _format_dump(self, folder: Path, step: StepRecord) -> str:
         tensors = str(folder / layout.TENSORS) if self._saves_tensors else None
-        head = {
+        head: dict[str, Any] = {
             "task": self._task,
             "level": self._level,
             "framework": "pytorch",
@@ -309,15 +328,39 @@ class DumpWriter:
         }
         calls = [] if self._task == "structure" else step.calls
         entries = ",\n".join(
-            f"  {json.dumps(call.name)}: "
-            + format_call(call, self._summary_mode, keeps=self._keeps)
-            for call in calls
+            f"  {json.dumps(call.name)}: {self._format_call(call)}" for call in calls
         )
+        if self._task == "nan_check":
+            head["first_nonfinite"] = self._report_nonfinite(step)
         body = f"{{\n{entries}\n }}" if entries else "{}"
         lines = [
             f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()
         ]
         return "{\n" + "\n".join(lines) + f'\n "data": {body}\n}}\n'
+
+    def _format_call(self, call: CallRecord) -> str:
+        text = format_call(call, self._summary_mode, keeps=self._keeps)
+        if self._task != "nan_check" or call.kind == "parameters_grad":
+            return text
+        separator = ", " if len(text) > len("{}") else ""
+        return f'{text[:-1]}{separator}"is_nan": {count_nonfinite(call.output)}}}'
+
+    def _report_nonfinite(self, step: StepRecord) -> dict[str, Any] | None:
+        """The first call with a NaN or Inf, for the file and the log."""
+        first = find_first(step)
+        if first is None:
+            return None
+        stack = render_stack((*(first.call.stack or ()), *step.common_stack))
+        where = stack[0].replace(", \n", ":") if stack else "no stack (extra_info)"
+        _LOG.error("msprobe: step %d: %s; %s", step.step, first.text, where)
+        return {
+            "name": first.call.name,
+            "slot": first.slot,
+            "nonfinite": first.nonfinite,
+            "elements": first.elements,
+            "has_finite_inputs": first.has_finite_inputs,
+            "stack": stack,
+        }
 
     def _write_file(self, path: Path, text: str) -> None:
         write_atomically(path, text)

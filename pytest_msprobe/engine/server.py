@@ -161,7 +161,9 @@ class ContinuousDump:
 
         config = self._watch.config
         folder = Path(config.dump_path or DEFAULT_DUMP_PATH)
-        recorder = Recorder(config, folder, rank=self._rank, is_kept=False)
+        recorder = Recorder(
+            config, folder, rank=self._rank, is_kept=False, has_gradients=False
+        )
         attachment = attachment_for(self._runner, recorder, first_step=self._steps)
         attachment.on_step = self._note_step
         try:

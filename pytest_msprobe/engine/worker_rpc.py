@@ -112,6 +112,7 @@ class WorkerControl:
             rank=rank,
             is_kept=True,
             is_deferred=not is_alone,
+            has_gradients=False,
         )
         if is_alone:
             path = self._folder / PROGRESS.format(rank=rank)

@@ -15,6 +15,8 @@ Role = Literal["read", "written", "undefined", "opaque"]
 # end of execute_model (pooling), in compute_logits, in sample_tokens.
 Phase = Literal["outside", "forward", "after", "logits", "sample"]
 
+# A call, the gradients of one, or those of a module's parameters.
+Kind = Literal["forward", "backward", "parameters_grad"]
 # Values of arguments are trees: lists, dicts and the leaves TensorValue, Scalar, None.
 Tree = Any
 # One frame of a call stack: code object and offset of the instruction.
@@ -71,6 +73,8 @@ class CallRecord:
         parameters: Direct parameters of a module, None for an API.
         stack: Frames from the caller outwards, or None.
         phase: Where in the step it was made.
+        kind: In a backward, `input_args` are the gradients of the results and `output`
+            those of the arguments; of parameters' gradients there are `parameters`.
     """
 
     name: str
@@ -83,6 +87,7 @@ class CallRecord:
     parameters: dict[str, Tree] | None = None
     stack: tuple[Frame, ...] | None = None
     phase: Phase = "outside"
+    kind: Kind = "forward"
 
 
 @dataclass(slots=True)

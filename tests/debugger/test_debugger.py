@@ -346,12 +346,35 @@ def test_init_step_numbers_the_folders(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step7"]
 
 
-def test_token_range_is_refused(tmp_path):
-    """A feature of a later version is refused, not ignored."""
+@pytest.mark.parametrize("bounds", [3, [1], [2, 1], [-1, 2], [True, 2], ["0", "1"]])
+def test_bad_token_ranges_are_refused(tmp_path, bounds):
+    """token_range takes two whole numbers, the first not above the second."""
     debugger = PrecisionDebugger(dump_path=str(tmp_path), level="L1")
 
     with pytest.raises(ConfigError, match="token_range"):
+        debugger.start(model=Model(), token_range=bounds)
+    with pytest.raises(CaptureError, match="model"):
         debugger.start(token_range=[0, 1])
+
+
+def test_token_range_records_the_chosen_forwards(tmp_path):
+    """Only the forwards of the range are recorded, counted from each start."""
+    model = Model()
+    debugger = PrecisionDebugger(dump_path=str(tmp_path), level="L0")
+    for _ in range(2):
+        debugger.start(model=model, token_range=[1, 2])
+        for count in range(1, 6):
+            model(torch.arange(count))
+        debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+
+    found = [
+        record["input_args"][0]["shape"]
+        for name, record in read(tmp_path).items()
+        if ".embed." in name
+    ]
+    assert found == [[2], [3], [2], [3]]
 
 
 def test_an_exception_of_the_model_is_not_hidden(tmp_path):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Level L1: which calls become rows, their names and roles."""
 
+import inspect
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -274,6 +277,113 @@ def test_a_users_list_adds_and_removes(tmp_path):
     )
 
     assert list(names) == ["Tensor.exp.0.forward", "Torch.zeros_like.0.forward"]
+
+
+def test_a_list_can_name_functions_of_a_module_of_ones_own(tmp_path, monkeypatch):
+    """A group named like a module records its functions, until they are taken out."""
+    module = types.ModuleType("own_kernels")
+    module.twice = lambda x: x * 2
+    original = module.twice
+    monkeypatch.setitem(sys.modules, "own_kernels", module)
+    path = tmp_path / "ops.yaml"
+    a = torch.ones(2)
+
+    path.write_text("own_kernels:\n  - twice\n")
+    names = calls_of(lambda: module.twice(a), tmp_path, support_wrap_ops=str(path))
+    assert list(names) == ["own_kernels.twice.0.forward"]
+    assert module.twice is original
+
+    path.write_text("own_kernels: []\n")
+    assert not calls_of(lambda: module.twice(a), tmp_path, support_wrap_ops=str(path))
+
+
+class Suspicious(torch.nn.Module):
+    """Looks at torch's functions and at its arguments before it uses them."""
+
+    def forward(self, x):
+        functional = torch.nn.functional
+        assert type(torch.add) is types.BuiltinFunctionType
+        assert type(torch.Tensor.add) is types.MethodDescriptorType
+        assert type(functional.softmax) is types.FunctionType
+        assert (torch.add, functional.softmax, torch.Tensor.__add__) == KNOWN
+        assert torch.overrides.is_tensor_method_or_property(torch.Tensor.add)
+        assert "input" in inspect.signature(functional.softmax).parameters
+        assert functional.softmax.__module__ == "torch.nn.functional"
+        assert isinstance(torch.ops.aten.relu, torch._ops.OpOverloadPacket)
+        assert torch.ops.aten.relu.default is RELU
+        assert type(x) is torch.Tensor
+        assert type(x.add(1)) is torch.Tensor
+        return torch.ops.aten.relu.default(functional.softmax(x + 1, dim=-1))
+
+
+KNOWN = (torch.add, torch.nn.functional.softmax, torch.Tensor.__add__)
+RELU = torch.ops.aten.relu.default
+
+
+def test_models_that_check_torchs_functions_run_unchanged(tmp_path):
+    """Types and identities of functions are torch's own while calls are recorded."""
+    model = torch.nn.Sequential(Suspicious())
+    x = torch.randn(2, 3)
+    results = []
+
+    names = calls_of(lambda: results.append(model(x)), tmp_path, model, level="mix")
+
+    assert torch.equal(results[0], model(x))
+    assert {
+        "Tensor.__add__.0.forward",
+        "Functional.softmax.0.forward",
+        "Aten.relu.0.forward",
+        "Module.0.Suspicious.forward.0",
+    } <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda a, _s: 1 + a, "__radd__"),
+        (lambda a, _s: a + 1, "__add__"),
+        (lambda a, s: s * a, "__rmul__"),
+        (lambda a, s: a * s, "__mul__"),
+        (lambda a, s: s * a.relu(), "__rmul__"),
+        (lambda a, s: a.relu() * s, "__mul__"),
+        (lambda a, _s: a + a, "__add__"),
+        (lambda a, _s: -a, "__neg__"),
+        (lambda a, _s: a.neg(), "neg"),
+        (lambda a, _s: 2 / a, "__rdiv__"),
+    ],
+)
+def test_swapped_and_unary_operators_have_names_of_their_own(tmp_path, function, name):
+    """`1 + a` is not `a + 1`, and `-a` is not `a.neg()`, as in msProbe."""
+    a = torch.ones(2)
+
+    found = calls_of(lambda: function(a, 3.0), tmp_path)
+
+    assert f"Tensor.{name}.0.forward" in found
+    assert len(found) == (2 if "relu" in "".join(found) else 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (lambda f, a: f.softmax(a, dim=0), 1, ["dim"]),
+        (lambda f, a: f.softmax(a, 0), 2, []),
+        (lambda f, a: f.layer_norm(a, (3,)), 2, []),
+        (lambda f, a: f.layer_norm(a, (3,), eps=1e-3), 2, ["eps"]),
+        (lambda f, a: f.normalize(a, 2.0, dim=0), 2, ["dim"]),
+        (lambda _f, a: a.norm(1, dim=0), 2, ["dim"]),
+        (lambda _f, a: a.norm(), 1, []),
+        (lambda f, a: f.softmax(*(a,), dim=0), None, None),
+    ],
+)
+def test_arguments_stand_where_the_caller_wrote_them(tmp_path, function, args, kwargs):
+    """Functions in Python show the caller's arguments, without defaults."""
+    a = torch.ones(3)
+
+    (call,) = calls_of(lambda: function(torch.nn.functional, a), tmp_path).values()
+
+    if args is not None:
+        assert len(call.input_args) == args
+        assert list(call.input_kwargs) == kwargs
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,9 +63,38 @@ def test_dropout_can_be_removed():
 @pytest.mark.parametrize(
     "arguments",
     [{"seed": -1}, {"seed": 2**32}, {"seed": "1"}, {"seed": True}, {"mode": 1},
-     {"rm_dropout": None}],
+     {"rm_dropout": None}, {"is_enhanced": 1}],
 )  # fmt: skip
 def test_bad_arguments_are_refused(arguments):
     """A wrong type or range names the argument."""
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         seed_all(**arguments)
+
+
+def test_every_call_can_give_the_same():
+    """is_enhanced seeds before each call, in random, numpy and torch."""
+    program = """
+import random, numpy, torch
+from pytest_msprobe import seed_all
+seed_all(5, is_enhanced=True)
+seed_all(7, is_enhanced=True)
+draws = (
+    lambda: random.random(), lambda: random.randint(0, 10**9),
+    lambda: numpy.random.rand(3).tolist(), lambda: numpy.random.permutation(9).tolist(),
+    lambda: torch.rand(3).tolist(), lambda: torch.randperm(9).tolist(),
+    lambda: torch.empty(3).normal_().tolist(),
+)
+for draw in draws:
+    assert draw() == draw()
+first = torch.rand(1).item()
+seed_all(8, is_enhanced=True)
+assert torch.rand(1).item() != first
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rest of msProbe's API: save, own functions, single modules, orders of calls."""
+
+import json
+import types
+
+import pytest
+import torch
+from toy import InPlace, Model
+
+import pytest_msprobe
+from pytest_msprobe import PrecisionDebugger
+from pytest_msprobe.errors import CaptureError, ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_debugger():
+    """Every test starts and ends without an object."""
+    PrecisionDebugger.reset()
+    yield
+    PrecisionDebugger.reset()
+
+
+def made(folder, **config):
+    """A debugger that dumps into a folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({"dump_path": str(folder / "dump"), **config}))
+    return PrecisionDebugger(config_path=str(path))
+
+
+def read(folder, step=0, name="dump.json"):
+    """The data of the one rank of a step."""
+    (rank,) = (folder / "dump" / f"step{step}").iterdir()
+    return json.loads((rank / name).read_text())["data"]
+
+
+def names(folder, step=0):
+    """Names of the records of a step."""
+    return list(read(folder, step))
+
+
+# save --------------------------------------------------------------------------
+
+
+def test_saved_variables_and_their_gradients(tmp_path):
+    """Every variable has an entry a call, and its gradient once backward ran."""
+    debugger = made(tmp_path, level="debug", task="tensor")
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = w * 3
+    debugger.save({"a": [y, None], "b": (1, "x")}, "v")
+    debugger.save(y, "v", save_backward=False)
+    y.square().sum().backward()
+    debugger.step()
+
+    data = read(tmp_path, name="debug.json")
+    assert list(data) == ["v.0.debug", "v_grad.0.debug", "v.1.debug"]
+    assert data["v_grad.0.debug"]["b"] == [None, None]
+    (rank,) = (tmp_path / "dump" / "step0").iterdir()
+    file = rank / "dump_tensor_data" / data["v_grad.0.debug"]["a"][0]["data_name"]
+    assert file.name == "v_grad.0.debug.a.0.pt"
+    assert torch.equal(torch.load(file), 2 * y.detach())
+
+
+def test_a_gradient_that_never_comes_stays_null(tmp_path):
+    """Without a backward the gradient's entry is null."""
+    debugger = made(tmp_path, level="debug")
+    debugger.save(torch.ones(2, requires_grad=True), "v")
+    debugger.step()
+
+    assert read(tmp_path, name="debug.json")["v_grad.0.debug"] is None
+
+
+def test_saved_names_are_numbered_within_a_step(tmp_path):
+    """Numbers begin again in every step, and steps outside `step` save nothing."""
+    debugger = made(tmp_path, level="debug", step=[0, 2])
+    for _ in range(3):
+        debugger.save(1, "v")
+        debugger.step()
+
+    assert sorted(p.name for p in (tmp_path / "dump").iterdir()) == ["step0", "step2"]
+    assert list(read(tmp_path, 2, "debug.json")) == ["v.0.debug", "v_grad.0.debug"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [(object(), "v"), ([{1, 2}], "v"), ({1: 2}, "v"), (1j, "v"), (1, 3)],
+)
+def test_what_cannot_be_saved_is_said(tmp_path, caplog, variable, name):
+    """A variable or name of another kind is reported and breaks nothing."""
+    debugger = made(tmp_path, level="debug")
+
+    debugger.save(variable, name)
+    debugger.step()
+
+    assert "cannot be saved" in caplog.text
+    assert not (tmp_path / "dump").exists()
+
+
+def test_save_needs_level_debug(tmp_path, caplog):
+    """At another level save says that it does nothing."""
+    made(tmp_path, level="L1").save(1, "v")
+
+    assert "nothing is saved at L1" in caplog.text
+
+
+# Custom functions --------------------------------------------------------------
+
+
+def own_module():
+    """A module with a function of the user's own."""
+    module = types.ModuleType("mine")
+    module.twice = lambda x, *, bias=0: x * 2 + bias
+    return module
+
+
+def test_a_registered_function_is_recorded(tmp_path):
+    """Its calls have rows under module or prefix, and nothing inside has."""
+    debugger = made(tmp_path, level="L1")
+    module, other = own_module(), own_module()
+    debugger.register_custom_api(module, "twice")
+    debugger.register_custom_api(other, "twice", "Custom")
+    debugger.start()
+    assert module.twice(torch.ones(2), bias=1).tolist() == [3, 3]
+    other.twice(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["mine.twice.0.forward", "Custom.twice.0.forward"]
+    assert read(tmp_path)["mine.twice.0.forward"]["output"][0]["Max"] == 3.0
+
+
+def test_a_restored_function_is_the_original(tmp_path):
+    """Restoring puts the very object back, registering twice wraps once."""
+    debugger = made(tmp_path, level="L1")
+    module = own_module()
+    original = module.twice
+    debugger.register_custom_api(module, "twice")
+    debugger.register_custom_api(module, "twice")
+    debugger.start()
+    module.twice(torch.ones(2))
+    debugger.restore_custom_api(module, "twice")
+    debugger.restore_custom_api(module, "twice")
+    debugger.stop()
+    debugger.step()
+
+    assert module.twice is original
+    assert names(tmp_path) == ["mine.twice.0.forward"]
+
+
+def test_reset_restores_registered_functions(tmp_path):
+    """Forgetting the object leaves nothing of ours behind."""
+    debugger = made(tmp_path, level="L1")
+    module = own_module()
+    original = module.twice
+    debugger.register_custom_api(module, "twice")
+
+    PrecisionDebugger.reset()
+
+    assert module.twice is original
+
+
+@pytest.mark.parametrize(
+    ("api", "prefix"), [("missing", None), (3, None), ("twice", 3), ("__name__", None)]
+)
+def test_bad_registrations_are_refused(tmp_path, api, prefix):
+    """A function that is not there and a prefix that is no text are errors."""
+    with pytest.raises(ConfigError):
+        made(tmp_path, level="L1").register_custom_api(own_module(), api, prefix)
+
+
+# One module --------------------------------------------------------------------
+
+
+def test_one_module_is_recorded_between_its_calls(tmp_path):
+    """module_dump records this module alone; functions are back behind it."""
+    model = Model()
+    debugger = made(tmp_path, level="L1")
+    debugger.start()
+    torch.exp(torch.ones(1))
+    for _ in range(2):
+        pytest_msprobe.module_dump(model.blocks[0], "chosen")
+        model(torch.arange(3))
+        pytest_msprobe.module_dump_end()
+    torch.exp(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == [
+        "Torch.exp.0.forward",
+        "Module.chosen.Block.forward.0",
+        "Module.chosen.Block.forward.1",
+        "Torch.exp.1.forward",
+    ]
+    assert "forward" not in model.blocks[0].__dict__
+
+
+def test_a_single_module_that_writes_its_input(tmp_path):
+    """Its input is read before and its output after, though no mode sees the write."""
+    module, x = InPlace(), torch.zeros(2)
+    debugger = made(tmp_path, level="L1")
+    debugger.start()
+    for _ in range(2):
+        pytest_msprobe.module_dump(module, "chosen")
+        module(x)
+        pytest_msprobe.module_dump_end()
+    debugger.stop()
+    debugger.step()
+
+    found = [
+        (call["input_args"][0]["Max"], call["output"][0]["Max"])
+        for call in read(tmp_path).values()
+    ]
+    assert found == [(0.0, 1.0), (1.0, 2.0)]
+
+
+def test_module_dump_needs_a_start(tmp_path):
+    """Without recording, and without a module, module_dump is an error."""
+    made(tmp_path, level="L1")
+
+    with pytest.raises(CaptureError, match="nothing is being recorded"):
+        pytest_msprobe.module_dump(Model(), "chosen")
+    with pytest.raises(ConfigError, match="expected a module"):
+        pytest_msprobe.module_dump("model", "chosen")
+    pytest_msprobe.module_dump_end()
+
+
+def test_a_module_that_is_recorded_anyway_is_said(tmp_path, caplog):
+    """module_dump of a module that start has hooked changes nothing and says so."""
+    model = Model()
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=model)
+    pytest_msprobe.module_dump(model.embed, "chosen")
+    model(torch.arange(3))
+    pytest_msprobe.module_dump_end()
+    debugger.stop()
+    debugger.step()
+
+    assert "start has hooked this module" in caplog.text
+    assert len(names(tmp_path)) == 10
+
+
+# Models and orders of calls ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_models(tmp_path, kind):
+    """Models in a list or tuple are recorded below their place in it."""
+    models = kind((Model(), Model()))
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=models)
+    for model in models:
+        model(torch.arange(3))
+    debugger.stop()
+    debugger.step()
+
+    assert "Module.1.blocks.0.proj.Linear.forward.0" in names(tmp_path)
+    assert len(names(tmp_path)) == 20
+
+
+def test_a_model_that_a_second_start_brings_is_recorded(tmp_path):
+    """A start while recording adds its model; nothing is lost silently."""
+    first, second = Model(), torch.nn.Sequential(torch.nn.Tanh())
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=first)
+    debugger.start(model=second)
+    second(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Module.0.Tanh.forward.0"]
+
+
+def test_no_request_of_that_name(tmp_path, caplog):
+    """A batch without the configured request records nothing and says so."""
+    debugger = made(tmp_path, level="L1", statistics={"request_id": "a"})
+    debugger.start(scheduled_tokens={"b": 2})
+    torch.exp(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert not (tmp_path / "dump").exists()
+    assert "request 'a' is not in this step" in caplog.text
+
+
+@pytest.mark.parametrize("scheduled", [[1], {"a": 0}, {1: 2}, {"a": True}, {"a": "1"}])
+def test_bad_scheduled_tokens_are_refused(tmp_path, scheduled):
+    """scheduled_tokens maps ids to numbers from 1."""
+    debugger = made(tmp_path, level="L1")
+
+    with pytest.raises(ConfigError, match="scheduled_tokens"):
+        debugger.start(scheduled_tokens=scheduled)
+
+
+ORDERS = [
+    ("start stop step", 1),
+    ("start step stop", 1),
+    ("start start stop stop step", 1),
+    ("stop step start stop step", 1),
+    ("step step start stop step", 1),
+    ("start stop start stop step", 2),
+    ("start stop", 1),
+    ("start", 1),
+]
+
+
+@pytest.mark.parametrize(("order", "rows"), ORDERS)
+def test_any_order_of_calls_loses_nothing(tmp_path, order, rows):
+    """Whatever the order, what ran behind a start is in the dump."""
+    debugger = made(tmp_path, level="L1")
+    for call in order.split():
+        getattr(debugger, call)()
+        if call == "start" and not order.startswith("start start"):
+            torch.exp(torch.ones(1))
+    if order.startswith("start start"):
+        debugger.start()
+        torch.exp(torch.ones(1))
+        debugger.stop()
+    PrecisionDebugger.reset()
+
+    found = [
+        name
+        for path in (tmp_path / "dump").rglob("dump.json")
+        for name in json.loads(path.read_text())["data"]
+    ]
+    assert len(found) == rows
