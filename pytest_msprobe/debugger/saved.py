@@ -57,6 +57,7 @@ class SavedVariables:
 
     def _measure(self, tensor: torch.Tensor, slot: str) -> Tree:
         measured = self._measurer.measure(tensor, set(), 0)
+        self._measurer.launch()
         value = measured
         if isinstance(measured, Measured):
             value = to_value(measured, (), ())

@@ -55,6 +55,8 @@ def test_saved_variables_and_their_gradients(tmp_path):
     data = read(tmp_path, name="debug.json")
     assert list(data) == ["v.0.debug", "v_grad.0.debug", "v.1.debug"]
     assert data["v_grad.0.debug"]["b"] == [None, None]
+    assert data["v.1.debug"]["Max"] == 6.0
+    assert data["v_grad.0.debug"]["a"][0]["Max"] == 12.0
     (rank,) = (tmp_path / "dump" / "step0").iterdir()
     file = rank / "dump_tensor_data" / data["v_grad.0.debug"]["a"][0]["data_name"]
     assert file.name == "v_grad.0.debug.a.0.pt"
