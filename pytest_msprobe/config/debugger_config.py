@@ -447,6 +447,20 @@ def _read_load(reader: _Reader, level: str) -> Load | None:
     return Load(path, modules, step, rank, dumps)
 
 
+def refuse_own_program(source: Source, key: KeyPath, config: DebuggerConfig) -> None:
+    """Refuses what only a program that drives the debugger itself can do.
+
+    Raises:
+        ConfigError: The configuration asks for such a thing.
+    """
+    expected = "it needs a program that calls PrecisionDebugger itself"
+    if config.level == "debug":
+        raise source.error((*key, "level"), f"debug: {expected}")
+    for name in ("load", "bench_path", "request_id"):
+        if getattr(config, name) is not None:
+            raise source.error((*key, name), expected)
+
+
 def config_from_json(values: dict[str, Any]) -> DebuggerConfig:
     """The inverse of `dataclasses.asdict` and JSON: lists become tuples again."""
     fields_: dict[str, Any] = {

@@ -11,6 +11,7 @@ from pytest_msprobe.config.debugger_config import (
     Level,
     known_keys,
     parse_debugger_config,
+    refuse_own_program,
 )
 from pytest_msprobe.config.source import (
     Source,
@@ -151,14 +152,9 @@ def _check_sections(source: Source) -> None:
 
 
 def _read_capture(source: Source, key: KeyPath, level: Level) -> DebuggerConfig:
-    """What captures record; what only a program of one's own can do is refused."""
+    """What captures record."""
     config = parse_debugger_config(source, key, default_level=level)
-    expected = "it needs a program that calls PrecisionDebugger itself"
-    if config.level == "debug":
-        raise source.error((*key, "level"), f"debug: {expected}")
-    for name in ("load", "bench_path", "request_id"):
-        if getattr(config, name) is not None:
-            raise source.error((*key, name), expected)
+    refuse_own_program(source, key, config)
     return config
 
 

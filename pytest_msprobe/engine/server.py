@@ -14,6 +14,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+from pytest_msprobe.config.debugger_config import refuse_own_program
 from pytest_msprobe.config.source import Source, read_source
 from pytest_msprobe.config.watch import ConfigWatch
 from pytest_msprobe.errors import ConfigError, MsprobeError
@@ -46,11 +47,15 @@ def read_dump_config(additional: dict[str, Any]) -> ConfigWatch:
         if not isinstance(path, str):
             message = f"additional_config: dump_config_path {path!r}: expected a path"
             raise ConfigError(message, slug="dump-config")
-        return ConfigWatch(read_source(Path(path)))
+        source = read_source(Path(path))
+        watch = ConfigWatch(source)
+        refuse_own_program(source, (), watch.config)
+        return watch
     if not isinstance(inline, dict):
         message = f"additional_config: dump_config {inline!r}: expected an object"
         raise ConfigError(message, slug="dump-config")
     watch = ConfigWatch(Source(None, inline))
+    refuse_own_program(Source(None, inline), (), watch.config)
     if watch.config.dump_enable is None:
         return watch
     folder = Path(watch.config.dump_path or DEFAULT_DUMP_PATH)

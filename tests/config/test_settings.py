@@ -145,6 +145,9 @@ def test_json_may_hold_any_key(tmp_path):
     assert settings.capture.level == SEED["level"]
 
 
+LOAD = {"path": ".", "modules": ["Module.a.B.forward.0"]}
+
+
 @pytest.mark.parametrize("key", TASK_KEYS)
 def test_keys_of_task_sections_are_known(tmp_path, key):
     """Every documented key of a section is taken, or refused with a reason."""
@@ -154,6 +157,23 @@ def test_keys_of_task_sections_are_known(tmp_path, key):
         read_settings(path)
 
     assert "unknown key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capture", "key"),
+    [
+        ({"level": "debug"}, "level"),
+        ({"level": "L0", "load": LOAD}, "load"),
+        ({"statistics": {"request_id": "a"}}, "request_id"),
+        ({"task": "diff_check", "diff_check": {"bench_path": "."}}, "bench_path"),
+    ],
+)
+def test_what_needs_a_program_of_ones_own_is_refused(tmp_path, capture, key):
+    """Captures of engines cannot save by hand, load inputs or pick a request."""
+    path = write(tmp_path, json.dumps(capture), "config.json")
+
+    with pytest.raises(ConfigError, match=f"{key}: .*PrecisionDebugger itself"):
+        read_settings(path)
 
 
 BAD = [
