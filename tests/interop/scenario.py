@@ -64,6 +64,14 @@ def steps(debugger, model=None, count=3, **options):
             debugger.step()
 
 
+def changed(debugger):
+    """The inference steps with one weight changed."""
+    model = Classic()
+    with torch.no_grad():
+        model.blocks[1][1].weight.mul_(1.5)
+    steps(debugger, model)
+
+
 def toy(debugger):
     """The toy model of the debugger's tests: a class that goes around __call__."""
     steps(debugger, Model(), count=1)
@@ -320,6 +328,7 @@ PROGRAMS = {
     program.__name__: program
     for program in (
         steps,
+        changed,
         toy,
         low_precision,
         half,
