@@ -512,8 +512,6 @@ class Collector:
         self._noted += len(log)
         if not self.is_recording:
             return
-        if self.unseen:
-            self.measurer.forget()
         was_recording, self.is_recording = self.is_recording, False
         try:
             if self.config.has_functions:
@@ -521,6 +519,8 @@ class Collector:
                     self._read_calls(log)
             else:
                 self._read_calls(log)
+            if self.unseen:  # the next write comes unannounced
+                self.measurer.forget()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
         else:

@@ -110,6 +110,8 @@ class SavedVariables:
         """
         if not self._entries:
             return
+        self._measurer.finish_step()
+        self._measurer.settle()
         self._folder.mkdir(parents=True, exist_ok=True)
         tensors = None
         if self._config.task == "tensor":
