@@ -590,7 +590,7 @@ def record_call(
     if call is not None and collector.is_recording:
         try:
             collector.log_outputs(call, result, written)
-            if collector.backward is not None:
+            if collector.backward is not None and torch.is_grad_enabled():
                 collector.backward.watch_function(call, result)
             if not selection.is_trivial:
                 selection.leave(call.name, is_module=False)
