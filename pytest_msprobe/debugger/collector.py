@@ -543,7 +543,7 @@ class Collector:
 
     def begin_unseen(self) -> None:
         """A call starts inside which no write is seen: all in it is read at once."""
-        self.read_log()
+        self.before_any_write()
         self.unseen += 1
         self._log_limit = 1
 
