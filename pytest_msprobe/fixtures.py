@@ -26,6 +26,43 @@ class Msprobe:
         """
         return self._session.new_capture(self._item, llm, name)
 
+    def record(
+        self,
+        prompts: Any,
+        sampling: Any,
+        *,
+        engine: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        python: str | None = None,
+        name: str | None = None,
+    ) -> Capture:
+        """Records a generation by an engine in a process of its own, which then ends.
+
+        For A against B: two configurations, or two environments.
+
+        Args:
+            prompts: Of `LLM.generate`: a text, or a list of texts or of dicts with
+                `prompt_token_ids`.
+            sampling: `SamplingParams`, or a dict of its fields.
+            engine: Engine arguments on top of the configuration's and the marker's.
+            env: Variables that the process has from its start.
+            python: Interpreter of another virtual environment with vLLM;
+                pytest-msprobe need not be installed there.
+            name: Name of the capture; a test's first one needs none.
+
+        Raises:
+            EngineError: The process failed; the message holds its last lines.
+        """
+        return self._session.record(
+            self._item,
+            prompts,
+            sampling,
+            engine=engine,
+            env=env,
+            python=python,
+            name=name,
+        )
+
     def check(self, *, tolerances: Any = None) -> None:
         """Judges every capture of this test that has not been judged yet.
 

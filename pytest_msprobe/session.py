@@ -185,16 +185,24 @@ class Capture:
             converse(self.llm, ask_workers("abandon", folder=folder))
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def check(self, *, tolerances: Any = None) -> None:
-        """Judges the capture against its golden.
+    def check(
+        self, *, against: "Capture | None" = None, tolerances: Any = None
+    ) -> None:
+        """Judges the capture against its golden, or against another capture.
 
         Args:
+            against: Another capture of this test, with the same prompts. It stands
+                where a golden would and is not judged itself; no golden is needed.
             tolerances: Limits or rules on top of the marker's, as there.
 
         Raises:
             Failed: pytest's failure, with the verdict as its message.
         """
-        self.session.check(self, code_rules(tolerances, self.item))
+        rules = code_rules(tolerances, self.item)
+        if against is None:
+            self.session.check(self, rules)
+        else:
+            self.session.check_against(self, against, rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +367,47 @@ class MsprobeSession:
         captures.append(capture)
         return capture
 
+    def record(
+        self,
+        item: pytest.Item,
+        prompts: Any,
+        sampling: Any,
+        *,
+        engine: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        python: str | None = None,
+        name: str | None = None,
+    ) -> Capture:
+        """Records a generation by an engine in a process of its own.
+
+        Raises:
+            ConfigError: The engine's arguments are wrong.
+            EngineError: The process failed.
+        """
+        from dataclasses import asdict
+
+        from pytest_msprobe.engine.child import Job, plain_sampling, record_in_child
+        from pytest_msprobe.engine.launch import engine_arguments
+
+        where = f"{item.nodeid}: msprobe.record: engine"
+        options = self.options_of(item)
+        arguments = engine_arguments(
+            {**options.engine, **_check_engine(engine or {}, where)}, where
+        )
+        capture = self.new_capture(item, None, name)
+        job = Job(
+            arguments,
+            prompts if isinstance(prompts, list) else [prompts],
+            plain_sampling(sampling),
+            asdict(options.config),
+            str(capture.folder.resolve()),
+            options.decode_steps,
+            item.nodeid,
+        )
+        variables = {key: str(value) for key, value in (env or {}).items()}
+        capture.files = record_in_child(job, python=python, environment=variables)
+        return capture
+
     def record_automatically(self, item: pytest.Item, llm: Any) -> None:
         """Records an engine from now until the test's code has ended.
 
@@ -511,20 +560,10 @@ class MsprobeSession:
             Failed: pytest's failure, with the verdict as its message.
         """
         from pytest_msprobe.compare.ranks import find_disagreement
-        from pytest_msprobe.dump.capture import read_capture
         from pytest_msprobe.golden.guard import is_written
         from pytest_msprobe.report.terminal import render_failure
 
-        if capture.is_open:
-            message = f"{capture.item.nodeid}: check() inside its capture block"
-            raise CaptureError(
-                message, slug="open-capture", hint="check after the block"
-            )
-        if not capture.files:
-            message = f"{capture.item.nodeid}: the capture has no files to judge"
-            raise CaptureError(message, slug="empty-capture")
-        capture.is_checked = True
-        captures = [read_capture(path) for path in capture.files]
+        captures = _read_recorded(capture)
         disagreement = find_disagreement(captures)
         if self.settings.golden.is_tp_invariant:
             captures = [self._combine(capture, captures)]
@@ -555,10 +594,61 @@ class MsprobeSession:
             text = render_failure(failures[0], update_command=command)
             pytest.fail(text, pytrace=False)
 
+    def check_against(
+        self, capture: Capture, reference: Capture, more: Sequence["Rule"] = ()
+    ) -> None:
+        """Judges a capture against another one; no golden is read or written.
+
+        Args:
+            capture: The capture.
+            reference: What stands where a golden would.
+            more: Rules of the call, on top of the marker's.
+
+        Raises:
+            CaptureError: One of them is open or empty, or their ranks cannot be held
+                against each other.
+            Failed: pytest's failure, with the verdict as its message.
+        """
+        from pytest_msprobe.compare.against import judge_against
+        from pytest_msprobe.compare.match import row_names
+        from pytest_msprobe.compare.ranks import without_sharded
+        from pytest_msprobe.compare.tolerance import unmatched_rules
+
+        if reference is capture:
+            message = f"{capture.item.nodeid}: a capture checked against itself"
+            raise CaptureError(message, slug="against-itself")
+        theirs, ours = _read_recorded(reference), _read_recorded(capture)
+        rules = [*self.options_of(capture.item).rules, *more]
+        names = row_names(*theirs, *ours)
+        self._note_rules(unmatched_rules(rules, names), names)
+        if len(theirs) != len(ours):
+            where = "check(against=...) of captures with unequal numbers of ranks"
+            old, new = without_sharded(
+                self._combine(reference, theirs, where),
+                self._combine(capture, ours, where),
+            )
+            theirs, ours = [old], [new]
+        verdicts = [
+            judge_against(*sides, rules) for sides in zip(theirs, ours, strict=True)
+        ]
+        for verdict in verdicts:
+            self.verdicts.append(verdict)
+            self._write_verdict(verdict, capture)
+        self._judged_tests.add(capture.item.nodeid)
+        _fail_if_red(verdicts)
+
     def _combine(
-        self, capture: Capture, captures: list["CaptureFile"]
+        self,
+        capture: Capture,
+        captures: list["CaptureFile"],
+        why: str = "golden.tp_invariant",
     ) -> "CaptureFile":
         """All ranks as one capture, written beside theirs.
+
+        Args:
+            capture: The capture.
+            captures: Its files.
+            why: What asks for it.
 
         Raises:
             CaptureError: What was recorded cannot be combined.
@@ -567,7 +657,7 @@ class MsprobeSession:
         from pytest_msprobe.golden.store import capture_bytes
 
         header = captures[0].header
-        where = f"{capture.item.nodeid}: golden.tp_invariant"
+        where = f"{capture.item.nodeid}: {why}"
         if header.signature.get("level") != "L0":
             message = f"{where}: level {header.signature.get('level')}"
             hint = "operators depend on the number of ranks; record at level L0"
@@ -736,6 +826,37 @@ class MsprobeSession:
             and self.users <= self._judged_tests
             and {path.parent for path in goldens} <= self._judged_folders
         )
+
+
+def _read_recorded(capture: Capture) -> list["CaptureFile"]:
+    """The files of a capture that has ended, by rank; it counts as checked.
+
+    Raises:
+        CaptureError: It is open yet, or recorded nothing.
+    """
+    from pytest_msprobe.dump.capture import read_capture
+
+    if capture.is_open:
+        message = f"{capture.item.nodeid}: check() inside its capture block"
+        raise CaptureError(message, slug="open-capture", hint="check after the block")
+    if not capture.files:
+        message = f"{capture.item.nodeid}: the capture has no files to judge"
+        raise CaptureError(message, slug="empty-capture")
+    capture.is_checked = True
+    return [read_capture(path) for path in capture.files]
+
+
+def _fail_if_red(verdicts: list["Verdict"]) -> None:
+    """Fails the test with the first verdict that is not green.
+
+    Raises:
+        Failed: There is one.
+    """
+    from pytest_msprobe.report.terminal import render_failure
+
+    for verdict in verdicts:
+        if not verdict.is_green:
+            pytest.fail(render_failure(verdict, update_command=None), pytrace=False)
 
 
 def _fail_for_ranks(verdict: "Verdict", ranks: list[int]) -> None:

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from pytest_msprobe.compare.against import judge_against
 from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.dump.capture import CaptureFile, StepLine, read_capture
 from pytest_msprobe.errors import DumpFormatError
@@ -47,9 +48,12 @@ def check(run: str, *, golden: str | None = None) -> int:
             continue
         candidate = read_capture(Path(old.capture))
         source = _golden_of(old, path, candidate, golden)
-        verdict = judge(
-            read_capture(source), candidate, [rule.rule() for rule in old.rules]
-        ).verdict
+        rules = [rule.rule() for rule in old.rules]
+        golden_side = read_capture(source)
+        if golden_side.header.kind == "capture":
+            verdict = judge_against(golden_side, candidate, rules)
+        else:
+            verdict = judge(golden_side, candidate, rules).verdict
         code = max(code, print_verdict(verdict, _update_command(old)))
     return code
 

@@ -370,10 +370,10 @@ class _Judge:
         verdict = self._verdict
         notes = []
         if self._mode == "cross":
+            keys = f"the golden is of {verdict.golden_key}, this is {verdict.key}: "
             notes.append(
-                f"the golden is of {verdict.golden_key}, this is {verdict.key}: only "
-                "module outputs, logits and tokens are judged, with the limits for "
-                "another key"
+                f"{keys if verdict.golden_key != verdict.key else ''}only module "
+                "outputs, logits and tokens are judged, with the limits for another key"
             )
         moved = self._schedule.moved
         if moved:
