@@ -54,6 +54,7 @@ class Capture:
         files: Capture files by rank, once it has ended.
         is_checked: Whether it has been judged.
         is_automatic: Whether `msprobe_engine` started it, not the test.
+        model: The engine's model, as it was named.
         watch: Looks after the engine while recording.
     """
 
@@ -66,6 +67,7 @@ class Capture:
     is_checked: bool = False
     is_open: bool = False
     is_automatic: bool = False
+    model: str = ""
     watch: "EngineWatch | None" = None
 
     def __enter__(self) -> Self:
@@ -203,6 +205,23 @@ class Capture:
             self.session.check(self, rules)
         else:
             self.session.check_against(self, against, rules)
+
+    def check_against_transformers(self, model: str | None = None) -> None:
+        """Judges the capture by what transformers computes; no golden, no tolerance.
+
+        Transformers runs on the CPU over the same tokens, once in an exact type (of
+        float32 for an engine in bfloat16), once in the engine's. A row whose error to
+        the exact one is far above that of transformers in the engine's type fails.
+
+        Args:
+            model: Folder or name of the checkpoint; the engine's if not given.
+
+        Raises:
+            CaptureError: Transformers cannot run the model, or none of its modules
+                has a counterpart in vLLM's.
+            Failed: pytest's failure, with the verdict as its message.
+        """
+        self.session.check_three_ways(self, model or self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +382,7 @@ class MsprobeSession:
             message = f"{item.nodeid}: capture {name!r}: this name is taken"
             raise CaptureError(message, slug="capture-name")
         folder = self.run_folder.joinpath(*self._place(item, name))
-        capture = Capture(self, item, llm, name, folder)
+        capture = Capture(self, item, llm, name, folder, model=_model_of(llm))
         captures.append(capture)
         return capture
 
@@ -405,6 +424,7 @@ class MsprobeSession:
             item.nodeid,
         )
         variables = {key: str(value) for key, value in (env or {}).items()}
+        capture.model = arguments["model"]
         capture.files = record_in_child(job, python=python, environment=variables)
         return capture
 
@@ -559,7 +579,7 @@ class MsprobeSession:
         Raises:
             Failed: pytest's failure, with the verdict as its message.
         """
-        from pytest_msprobe.compare.ranks import find_disagreement
+        from pytest_msprobe.compare.ranks import find_disagreement, first_failure
         from pytest_msprobe.golden.guard import is_written
         from pytest_msprobe.report.terminal import render_failure
 
@@ -590,8 +610,9 @@ class MsprobeSession:
         self._judged_tests.add(capture.item.nodeid)
         self._judged_folders.add(self._golden_folder(capture))
         if failures:
-            command = self.update_command(capture.item, failures[0])
-            text = render_failure(failures[0], update_command=command)
+            first = first_failure(failures, captures)
+            command = self.update_command(capture.item, first)
+            text = render_failure(first, update_command=command)
             pytest.fail(text, pytrace=False)
 
     def check_against(
@@ -635,7 +656,37 @@ class MsprobeSession:
             self.verdicts.append(verdict)
             self._write_verdict(verdict, capture)
         self._judged_tests.add(capture.item.nodeid)
-        _fail_if_red(verdicts)
+        _fail_if_red(verdicts, ours)
+
+    def check_three_ways(self, capture: Capture, model: str) -> None:
+        """Judges a capture between two references of transformers.
+
+        Raises:
+            CaptureError: It is open or empty, or transformers cannot run the model.
+            Failed: pytest's failure, with the verdict as its message.
+        """
+        from pytest_msprobe.compare.three_way import (
+            EXACT_NAME,
+            HONEST_NAME,
+            judge_three_ways,
+        )
+        from pytest_msprobe.engine.reference_captures import reference_captures
+        from pytest_msprobe.golden.store import capture_bytes
+
+        files = _read_recorded(capture)
+        recorded = files[0]
+        if len(files) > 1:
+            recorded = self._combine(capture, files, "check_against_transformers")
+        references = reference_captures(recorded, model)
+        names = EXACT_NAME, HONEST_NAME
+        for name, reference in zip(names, references, strict=True):
+            reference.path = capture.folder / name
+            reference.path.write_bytes(capture_bytes(reference))
+        verdict = judge_three_ways(*references, recorded)
+        self.verdicts.append(verdict)
+        self._write_verdict(verdict, capture)
+        self._judged_tests.add(capture.item.nodeid)
+        _fail_if_red([verdict], [recorded])
 
     def _combine(
         self,
@@ -846,17 +897,26 @@ def _read_recorded(capture: Capture) -> list["CaptureFile"]:
     return [read_capture(path) for path in capture.files]
 
 
-def _fail_if_red(verdicts: list["Verdict"]) -> None:
-    """Fails the test with the first verdict that is not green.
+def _model_of(llm: Any) -> str:
+    """Name or folder of an engine's model; empty where it is not known."""
+    engine = getattr(llm, "llm_engine", llm)
+    config = getattr(engine, "model_config", None)
+    return str(getattr(config, "model", ""))
+
+
+def _fail_if_red(verdicts: list["Verdict"], captures: list["CaptureFile"]) -> None:
+    """Fails the test with the verdict of the rank that diverged first.
 
     Raises:
-        Failed: There is one.
+        Failed: One of them is not green.
     """
+    from pytest_msprobe.compare.ranks import first_failure
     from pytest_msprobe.report.terminal import render_failure
 
-    for verdict in verdicts:
-        if not verdict.is_green:
-            pytest.fail(render_failure(verdict, update_command=None), pytrace=False)
+    failures = [verdict for verdict in verdicts if not verdict.is_green]
+    if failures:
+        first = first_failure(failures, captures)
+        pytest.fail(render_failure(first, update_command=None), pytrace=False)
 
 
 def _fail_for_ranks(verdict: "Verdict", ranks: list[int]) -> None:

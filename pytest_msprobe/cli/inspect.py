@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pytest_msprobe.compare.against import judge_against
 from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.three_way import EXACT_NAME, HONEST_NAME, judge_three_ways
 from pytest_msprobe.dump.capture import CaptureFile, StepLine, read_capture
 from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.golden.variants import choose
@@ -48,14 +49,21 @@ def check(run: str, *, golden: str | None = None) -> int:
             continue
         candidate = read_capture(Path(old.capture))
         source = _golden_of(old, path, candidate, golden)
-        rules = [rule.rule() for rule in old.rules]
-        golden_side = read_capture(source)
-        if golden_side.header.kind == "capture":
-            verdict = judge_against(golden_side, candidate, rules)
-        else:
-            verdict = judge(golden_side, candidate, rules).verdict
+        verdict = _judge_again(source, candidate, old)
         code = max(code, print_verdict(verdict, _update_command(old)))
     return code
+
+
+def _judge_again(source: Path, candidate: CaptureFile, old: Verdict) -> Verdict:
+    """The verdict against a golden, another capture or a run's references."""
+    reference = read_capture(source)
+    rules = [rule.rule() for rule in old.rules]
+    if source.name == EXACT_NAME:
+        honest = read_capture(source.with_name(HONEST_NAME))
+        return judge_three_ways(reference, honest, candidate)
+    if reference.header.kind == "capture":
+        return judge_against(reference, candidate, rules)
+    return judge(reference, candidate, rules).verdict
 
 
 def _golden_of(
@@ -73,8 +81,8 @@ def _golden_of(
         DumpFormatError: There is none.
     """
     recorded = Path(verdict.golden)
-    if tree is None or recorded.name.startswith("capture."):
-        # A capture of the same run, or the golden where it was.
+    if tree is None or _is_of_run(recorded):
+        # What lies in the same run, or the golden where it was.
         if not recorded.is_file():
             message = f"{recorded}: no such golden, for {verdict.test}"
             raise DumpFormatError(message, hint="name the golden tree: --golden DIR")
@@ -85,6 +93,11 @@ def _golden_of(
         message = f"{folder}: no golden for {verdict.test}"
         raise DumpFormatError(message, hint="--golden names the root of a golden tree")
     return choice.path
+
+
+def _is_of_run(path: Path) -> bool:
+    """Whether this is a capture or reference of a run, rather than a golden."""
+    return path.name.startswith(("capture.", "reference."))
 
 
 def _place(golden: Path, run: Path) -> list[str]:
@@ -101,8 +114,10 @@ def _update_command(verdict: Verdict) -> str | None:
     """The command that accepts what a run captured.
 
     It is the recorded one, else the configuration is looked for where goldens have it:
-    beside the golden tree. None where neither is known.
+    beside the golden tree. None where neither is known, or where no golden was judged.
     """
+    if _is_of_run(Path(verdict.golden)):
+        return None
     if verdict.command:
         return verdict.command
     for folder in Path(verdict.golden).parents:

@@ -3,13 +3,15 @@
 
 Descend from the root. Inside a disagreeing call take the first disagreement among its
 children's inputs and outputs, in time order: an input means that this call's own code
-is the origin, an output means to descend into that child, none means this call. A leaf
+is the origin, an output means to descend into that child, none means this call. A call
+disagrees as well where something inside it does and it returns what it should. A leaf
 whose output error is below DRIFT times its input error is no origin but drift.
 
 Only rows that are judged disagree. Across keys the inputs of modules are not judged;
 they only tell, once a child's output disagrees, whether its input did so before.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,12 +109,31 @@ def find_divergence(
     """
     search = _Search(pairs, errors, is_judged)
     divergence = search.descend()
+    if divergence is not None and divergence.finding is not None:
+        before, after = divergence.input_error, divergence.output_error
+        divergence.finding.growth = portable(_grown(float(before), float(after)))
     changed = changed_weights(*weights)
     if not changed:
         return divergence
     module, parameter = _first_owner(pairs.candidate.calls, changed)
     finding = divergence.finding if divergence is not None else None
     return Divergence("weights", module, module, parameter=parameter, finding=finding)
+
+
+def growth_of_rows(pairs: Pairs, errors: RowErrors, is_judged: _Bools) -> _F64:
+    """Amplification by the call of each row that is outside its limits.
+
+    Args:
+        pairs: Paired rows.
+        errors: Their errors.
+        is_judged: Rows that may disagree.
+
+    Returns:
+        (n,) error of an output / largest error of the call's inputs, infinite where
+        these agree. 0 for rows that only hand on what another one has brought in:
+        inputs, and outputs of calls inside which something disagrees.
+    """
+    return _Search(pairs, errors, is_judged).growth()
 
 
 class _Search:
@@ -136,12 +157,14 @@ class _Search:
         self._output_error = self._outputs.largest(errors.rel_l2, size)
         self._is_in_bad = self._inputs.largest(self._judged_ratio, size) > 1.0
         self._is_out_bad = self._outputs.largest(self._judged_ratio, size) > 1.0
+        self._leads_on = self._with_guilty_children()
 
     def descend(self) -> Divergence | None:
         node = ROOT
         while True:
             children = np.flatnonzero(self._parents == node)
-            guilty = children[self._is_in_bad[children] | self._is_out_bad[children]]
+            is_guilty = self._is_in_bad | self._is_out_bad | self._leads_on
+            guilty = children[is_guilty[children]]
             if not len(guilty):
                 break
             child = int(guilty[0])
@@ -163,6 +186,32 @@ class _Search:
             input_error=portable(before),
             output_error=portable(after),
         )
+
+    def growth(self) -> _F64:
+        """See `growth_of_rows`."""
+        rows, calls = self._outputs.pairs, self._outputs.calls
+        is_own = (self._judged_ratio[rows] > 1.0) & ~self._leads_on[calls]
+        rows, calls = rows[is_own], calls[is_own]
+        before, after = self._input_error[calls], self._errors.rel_l2[rows]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            grown = np.where(before > 0, after / before, np.inf)
+        result = np.zeros(len(self._judged_ratio))
+        # inf / inf: both are as wrong as can be.
+        np.maximum.at(result, rows, np.nan_to_num(grown, nan=1.0, posinf=np.inf))
+        return result
+
+    def _with_guilty_children(self) -> _Bools:
+        """Calls inside which something disagrees.
+
+        What they return may be within its limits all the same, or, of calls that only
+        one side has, not be judged at all.
+        """
+        is_guilty = self._is_in_bad | self._is_out_bad
+        leads_on = np.zeros(len(self._calls), dtype=np.bool_)
+        for call, parent in enumerate(self._parents):  # children before their parents
+            if parent != ROOT and (is_guilty[call] or leads_on[call]):
+                leads_on[parent] = True
+        return leads_on
 
     def _entered(self, call: int) -> int | None:
         """The worst input outside its limits of a disagreeing call, or None."""
@@ -220,6 +269,13 @@ class _Search:
                 return name.module_path or name.class_name
             node = int(self._parents[node])
         return ""
+
+
+def _grown(before: float, after: float) -> float:
+    """Error of outputs / error of inputs; infinite where only outputs are off."""
+    if before == after:  # both infinite, too
+        return 1.0 if before else 0.0
+    return after / before if before else math.inf
 
 
 def _worst(rows: _I64, ratio: _F64) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.divergence import find_divergence
+from pytest_msprobe.compare.divergence import DRIFT, find_divergence, growth_of_rows
 from pytest_msprobe.compare.errors import Elements, Errors
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
@@ -16,6 +16,7 @@ from pytest_msprobe.compare.signature import (
     incomparable_reasons,
     prefix_reasons,
 )
+from pytest_msprobe.compare.structure import structure_changes
 from pytest_msprobe.compare.tokens import (
     compare_tokens,
     positions_behind_flips,
@@ -37,7 +38,12 @@ from pytest_msprobe.model.limits import (
     KeyMode,
     Rule,
 )
-from pytest_msprobe.model.verdict import AppliedRule, TokenDifference, Verdict
+from pytest_msprobe.model.verdict import (
+    AppliedRule,
+    TokenDifference,
+    Verdict,
+    portable,
+)
 
 WORST = 20
 _SHOWN_REQUESTS = 3
@@ -213,9 +219,9 @@ class _Judge:
         verdict.unjudged = int(masks.unjudged.sum())
         verdict.failed = int(failed.sum())
         self._note_missing(pairs, limits)
-        verdict.worst = [errors.finding(i) for i in _worst(pairs, errors, failed)]
         self._note_what_is_judged(pairs.golden)
         self._settle(pairs, errors, masks)
+        self._list_worst(pairs, errors, masks.judged)
         if verdict.status == "fail":
             verdict.would_pass = self._passing_rule(errors, masks.judged, failed)
         return Judgement(verdict, limits.unmatched, self._names)
@@ -311,6 +317,11 @@ class _Judge:
         verdict.missing = int(needed.sum())
         verdict.missing_rows = rows.names(missing[needed][:WORST])
         verdict.extra = len(pairs.extra)
+        if verdict.missing or verdict.extra:
+            changes = structure_changes(
+                pairs.golden, pairs.candidate, has_apis=self._mode == "same"
+            )
+            verdict.structure = changes[:WORST]
 
     def _note_what_is_judged(self, golden: Rows) -> None:
         """Reasons for which nothing of the rows or the tokens could be judged."""
@@ -365,6 +376,26 @@ class _Judge:
         elif verdict.equal < verdict.judged or tokens.flipped or largest > 0:
             verdict.status = "changed"
         self._note()
+
+    def _list_worst(self, pairs: Pairs, errors: Errors, judged: _Bools) -> None:
+        """Failing rows, without those that only hand on what came before them.
+
+        Drift has no single origin: then all of them are listed.
+        """
+        verdict = self._verdict
+        failed = judged & (errors.ratio > 1.0)
+        if not failed.any():
+            return
+        growth = growth_of_rows(pairs, errors, judged)
+        divergence = verdict.divergence
+        if divergence is not None and divergence.kind != "drift":
+            is_own = failed & (growth >= DRIFT)
+            verdict.inherited = int((failed & ~is_own).sum())
+            failed = is_own
+        for i in _worst(pairs, errors, failed):
+            finding = errors.finding(i)
+            finding.growth = portable(growth[i])
+            verdict.worst.append(finding)
 
     def _note(self) -> None:
         verdict = self._verdict

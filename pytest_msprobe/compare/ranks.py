@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The captures of the ranks of one engine: whether they agree, and their sum."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from pytest_msprobe.dump.capture import (
     StepLine,
     TensorLine,
 )
-from pytest_msprobe.model.verdict import RowId
+from pytest_msprobe.model.verdict import RowId, Verdict
 from pytest_msprobe.statistics.sketch import pack_float32, pack_int16, unpack
 
 SHARDED = "sharded"
@@ -76,6 +77,34 @@ def find_disagreement(captures: Sequence[CaptureFile]) -> Disagreement | None:
                         ranks = (first.header.rank, other.header.rank)
                         return Disagreement(row, ranks, relative_error(a, b))
     return None
+
+
+def first_failure(
+    failures: Sequence[Verdict], captures: Sequence[CaptureFile]
+) -> Verdict:
+    """The verdict of the rank that diverged first, by step and call; else the first.
+
+    Args:
+        failures: Verdicts that are not green, at least one.
+        captures: Of all ranks.
+    """
+    order = {
+        capture.header.rank: {
+            (step, call.c): number
+            for number, (step, call) in enumerate(capture.calls())
+        }
+        for capture in captures
+    }
+
+    def place(verdict: Verdict) -> tuple[float, float]:
+        divergence = verdict.divergence
+        if divergence is None or divergence.finding is None:
+            return math.inf, math.inf
+        row = divergence.finding.row
+        number = order.get(verdict.rank, {}).get((row.step, row.call), math.inf)
+        return row.step, number
+
+    return min(failures, key=place)
 
 
 def _calls_by_key(capture: CaptureFile) -> dict[tuple[int, str], CallLine]:

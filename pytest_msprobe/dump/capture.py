@@ -39,6 +39,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         tokens: Sampled ids.
         logprobs: Log-probability of each sampled id, float32 of the raw logits.
         top: For each sampled position up to 20 pairs (id, logprob), best first.
+        prompt: Token ids of the prompt, where they are known (captures only).
     """
 
     label: int
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     tokens: list[int] = []
     logprobs: list[float | str] = []
     top: list[list[tuple[int, float | str]]] = []
+    prompt: list[int] = []
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

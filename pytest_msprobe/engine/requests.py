@@ -44,11 +44,13 @@ class KnownRequest:
         label: Number in order of first scheduling.
         prompt_tokens: Length of the prompt.
         sha256: Hash of the prompt.
+        prompt: Token ids of the prompt, empty where they are not known.
     """
 
     label: int
     prompt_tokens: int
     sha256: str
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,8 +83,9 @@ class RequestTable:
                 prompt = getattr(new, "prompt_token_ids", None)
                 embeds = getattr(new, "prompt_embeds", None)
                 length = len(prompt) if prompt is not None else len(embeds or ())
+                ids = tuple(prompt or ())
                 self.known[new.req_id] = KnownRequest(
-                    len(self.known), length, prompt_hash(prompt or ())
+                    len(self.known), length, prompt_hash(ids), ids
                 )
         cached = scheduler_output.scheduled_cached_reqs
         for name, computed in zip(

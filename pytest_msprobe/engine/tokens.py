@@ -106,7 +106,8 @@ class TokenLog:
 
 
 def _empty_request(known: KnownRequest) -> Request:
-    return Request(known.label, known.sha256, known.prompt_tokens)
+    prompt = [int(token) for token in known.prompt]
+    return Request(known.label, known.sha256, known.prompt_tokens, prompt=prompt)
 
 
 def _portable(value: float) -> float | str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from msgspec import structs
 
 from pytest_msprobe.dump.capture import (
     FORMAT,
@@ -95,7 +96,7 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
     """The golden that a capture becomes.
 
     What judging does not need is left out: plain values of module arguments, names of
-    calls in dump.json, roles of slots that are not judged.
+    calls in dump.json, roles of slots that are not judged, ids of the prompts.
 
     Args:
         capture: The capture.
@@ -104,7 +105,9 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
     """
     header = capture.header
     fields = {name: getattr(header, name) for name in header.__struct_fields__}
+    requests = [structs.replace(item, prompt=[]) for item in header.requests]
     fields.update(msprobe=FORMAT, kind="golden", test=test, variant=variant)
+    fields["requests"] = requests
     keeps_values = header.signature.get("level") != "L0"
     lines = _lines(
         capture,

@@ -56,6 +56,8 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         detail: What differs where a number does not tell, e.g. dtypes.
         noise: The golden's own noise as a share of the limit, unitless.
         element: Index of the worst element, where whole tensors were compared.
+        growth: Of an output that is off: its relative L2 error / the largest one of the
+            call's inputs; infinity as text; 0 where it is not known.
     """
 
     row: RowId
@@ -67,6 +69,7 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     detail: str = ""
     noise: float = 0.0
     element: list[int] | None = None
+    growth: float | str = 0.0
 
 
 class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -91,6 +94,20 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     parameter: str = ""
     input_error: float | str = 0.0
     output_error: float | str = 0.0
+
+
+class StructureChange(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A call that only one side has.
+
+    Attributes:
+        gone: Name of the golden's call; empty where something is new.
+        new: Name of the candidate's call that is most like it; empty where none is.
+        is_equal: Their outputs are bit-identical.
+    """
+
+    gone: str = ""
+    new: str = ""
+    is_equal: bool = False
 
 
 class TokenDifference(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -174,8 +191,10 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         left_out: Slots that cannot be judged, by reason.
         tokens: How the generated tokens moved.
         divergence: Where it began, for a failure.
-        worst: Failing rows, worst first, at most 20: outputs before inputs, each tensor
-            once.
+        inherited: Failing rows that only hand on what came before them; not listed.
+        structure: Calls that only one side has, at most 20.
+        worst: Other failing rows, worst first, at most 20: outputs before inputs, each
+            tensor once.
         missing_rows: Names of missing rows, at most 20.
         reasons: Why it is incomparable or failed apart from rows.
         changes: What else made the two captures: name, golden's and candidate's value.
@@ -215,6 +234,8 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     command: str = ""
     would_pass: str = ""
     noisy: int = 0
+    inherited: int = 0
+    structure: list[StructureChange] = []
 
     @property
     def is_green(self) -> bool:

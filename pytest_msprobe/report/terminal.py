@@ -3,8 +3,14 @@
 
 from collections.abc import Sequence
 
-from pytest_msprobe.model.names import display_name
-from pytest_msprobe.model.verdict import Divergence, Finding, TokenDifference, Verdict
+from pytest_msprobe.model.names import display_name, parse_call_name
+from pytest_msprobe.model.verdict import (
+    Divergence,
+    Finding,
+    StructureChange,
+    TokenDifference,
+    Verdict,
+)
 
 MAX_LINES = 40
 _WORST = 12
@@ -87,12 +93,19 @@ def describe_tokens(tokens: TokenDifference) -> str:
     return text + f", {tokens.golden_token} became {tokens.token}"
 
 
+def _growth(finding: Finding) -> str:
+    """How much a call has made of its inputs' error."""
+    if finding.growth == "inf":
+        return "own"
+    return times(finding.growth) if finding.growth else "-"
+
+
 def _table(findings: Sequence[Finding], first: Finding | None) -> list[str]:
     shown = [first] if first is not None else []
     shown += [f for f in findings if first is None or f.row != first.row][:_WORST]
     if not shown:
         return []
-    head = ["row", "metric", "observed", "allowed", "ratio", "rule"]
+    head = ["row", "metric", "observed", "allowed", "ratio", "growth", "rule"]
     has_noise = any(finding.noise for finding in shown)
     has_elements = any(finding.element is not None for finding in shown)
     head += ["noise/limit"] * has_noise + ["worst element"] * has_elements
@@ -105,6 +118,7 @@ def _table(findings: Sequence[Finding], first: Finding | None) -> list[str]:
             finding.detail or number(finding.observed),
             "-" if finding.detail else number(finding.allowed),
             "-" if finding.detail else times(finding.ratio),
+            _growth(finding),
             finding.rule,
         ]
         cells += [f"{finding.noise:.0%}"] * has_noise
@@ -125,6 +139,11 @@ def _counts(verdict: Verdict) -> str:
         f"{verdict.judged} rows judged, {verdict.failed} outside their limits, "
         f"{verdict.equal} bit-identical"
     )
+    if verdict.inherited:
+        text = text.replace(
+            " outside their limits",
+            f" outside their limits ({verdict.inherited} inherited)",
+        )
     if verdict.missing:
         text += f", {verdict.missing} missing"
     if verdict.extra:
@@ -134,6 +153,24 @@ def _counts(verdict: Verdict) -> str:
     for reason, count in sorted(verdict.left_out.items()):
         text += f", {count} {reason}"
     return text
+
+
+def describe_structure(change: StructureChange) -> str:
+    """A call that only one side has, and the other side's nearest."""
+    old, new = _described(change.gone), _described(change.new)
+    if not change.gone:
+        return f"new: {new}"
+    if not change.new:
+        return f"gone: {old}"
+    tail = ", with the same numbers" if change.is_equal else ""
+    return f"gone: {old}; nearest here: {new}{tail}"
+
+
+def _described(call: str) -> str:
+    """A call with its class, which may be all that has changed."""
+    name = parse_call_name(call)
+    kind = f" ({name.class_name})" if name is not None and name.is_module else ""
+    return f"{display_name(call)}{kind}"
 
 
 def _provenance(verdict: Verdict) -> list[str]:
@@ -173,7 +210,11 @@ def render_failure(verdict: Verdict, *, update_command: str | None) -> str:
     lines += verdict.notes
     lines.append(_counts(verdict))
     lines += [f"  {reason}" for reason in verdict.reasons[:_REASONS]]
-    lines += [f"  missing: {name}" for name in verdict.missing_rows[:_REASONS]]
+    if verdict.structure:
+        shown = verdict.structure[:_REASONS]
+        lines += [f"  {describe_structure(change)}" for change in shown]
+    else:
+        lines += [f"  missing: {name}" for name in verdict.missing_rows[:_REASONS]]
     first = verdict.divergence.finding if verdict.divergence is not None else None
     lines += _table(verdict.worst, first)
     lines += _provenance(verdict)

@@ -341,3 +341,20 @@ def test_wrong_arguments_are_wrong_use(arguments, capsys):
 
     assert left.value.code == 4
     assert "usage: pytest-msprobe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [None, "b.y"])
+def test_three_way_verdicts_are_judged_again(tmp_path, capsys, fault):
+    """A verdict by two references is judged again from the files of the run."""
+    candidate = write(NETWORK.run(after=fault), tmp_path / "capture.rank0.jsonl")
+    exact = write(NETWORK.run(), tmp_path / "reference.exact.jsonl")
+    write(NETWORK.run(), tmp_path / "reference.honest.jsonl")
+    old = Verdict(TEST, "fail", golden=str(exact), capture=str(candidate))
+    write_verdict(old, tmp_path / "verdict.json")
+
+    code = main(["check", str(tmp_path)])
+
+    text = capsys.readouterr().out
+    assert code == (fault is not None)
+    assert "R is the error relative to that of transformers" in text
+    assert ("b.y: first to compute something else (R " in text) == (fault is not None)

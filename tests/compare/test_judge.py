@@ -209,19 +209,6 @@ def test_zeros_that_are_no_longer_zero_fail():
     assert verdict.worst[0].ratio == "inf"
 
 
-def test_outputs_are_shown_first_and_the_worst_of_them():
-    """Failing rows stand outputs before inputs, each by its ratio, a tensor once."""
-    golden, candidate = NETWORK.run(), NETWORK.run(inside="b")
-
-    worst = verdict_of(golden, candidate).worst
-
-    keys = [(f.row.slot.startswith("input"), -float(f.ratio)) for f in worst]
-    assert keys == sorted(keys)
-    assert [f.row.slot for f in worst].count("input_args.0") == 2
-    names = {f.row.text for f in worst}
-    assert len(names) == len(worst)
-
-
 def test_missing_rows_fail():
     """A row, call or step of the golden that is not there is a failure."""
     golden = NETWORK.run()

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of several ranks: added up, and held against one another."""
 
+import captures
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.compare.ranks import (
     add_shards,
     combine_ranks,
     find_disagreement,
+    first_failure,
     without_sharded,
 )
 from pytest_msprobe.debugger.assemble import tensor_line
@@ -171,3 +174,16 @@ def test_parts_do_not_have_to_agree():
     captures = [capture(rank, {"proj": parts[rank]}, {"proj": 8}) for rank in range(2)]
 
     assert find_disagreement(captures) is None
+
+
+def test_the_rank_that_diverged_first_is_shown():
+    """Of several failing ranks the one whose fault comes first is taken."""
+    network = captures.Network()
+    golden = network.run()
+    candidates = [network.run(after="c"), network.run(after="b.x", rank=1)]
+    verdicts = [judge(golden, candidate).verdict for candidate in candidates]
+
+    first = first_failure(verdicts, candidates)
+
+    assert [verdict.divergence.module for verdict in verdicts] == ["c", "b.x"]
+    assert first is verdicts[1]

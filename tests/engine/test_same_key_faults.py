@@ -58,14 +58,14 @@ def through_fp8(original, *args, **kwargs):
     return result.to(torch.float8_e4m3fn).to(result.dtype)
 
 
-def scaled_queries(module):
-    """The parent's own code: q is 2 % larger between two children."""
+def scaled_queries(module, factor=1.02):
+    """The parent's own code: q is larger between two children."""
 
     def wrapper(_original, positions, hidden_states):
         qkv, _ = module.qkv_proj(hidden_states)
         sizes = [module.q_size, module.kv_size, module.kv_size]
         q, k, v = qkv.split(sizes, dim=-1)
-        q, k = module.rotary_emb(positions, q * 1.02, k)
+        q, k = module.rotary_emb(positions, q * factor, k)
         output, _ = module.o_proj(module.attn(q, k, v))
         return output
 

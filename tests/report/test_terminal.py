@@ -66,7 +66,8 @@ def test_failure_shows_observed_allowed_ratio_and_rule():
     assert "observed" in text
     row = next(line for line in text.splitlines() if line.startswith("  b.x output.0"))
     assert row.split()[-1] == "default"
-    assert row.split()[-2].endswith("x")
+    assert row.split()[-2] == "own"
+    assert row.split()[-3].endswith("x")
 
 
 def test_failure_ends_with_what_to_do():

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a candidate diverged, what it inherits, and what has no partner."""
+
+import captures
+import numpy as np
+from captures import Network
+
+from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.model.names import display_name
+
+NETWORK = Network()
+GENERATOR = np.random.default_rng(5)
+
+
+def verdict_of(golden, candidate):
+    """The verdict on a candidate."""
+    return judge(golden, candidate).verdict
+
+
+def test_worst_rows_are_shown_first():
+    """Failing rows stand by their ratio, each tensor once."""
+    x = GENERATOR.standard_normal((4, 32))
+    names = [captures.module(name) for name in "abc"]
+    golden = captures.capture([(n, 0, {}, {"output.0": x}) for n in names])
+    outputs = [{"output.0": x * f, "output.1": x * f} for f in (1.1, 1.5, 1.2)]
+    candidate = captures.capture(
+        [(n, 0, {}, o) for n, o in zip(names, outputs, strict=True)]
+    )
+
+    worst = verdict_of(golden, candidate).worst
+
+    assert [f.row.call for f in worst] == [names[1], names[2], names[0]]
+
+
+def test_inherited_rows_are_counted_and_not_listed():
+    """Rows that only hand on an error are counted; what brought it is listed."""
+    verdict = verdict_of(NETWORK.run(), NETWORK.run(after="b.x"))
+
+    assert {f.row.call for f in verdict.worst} == {captures.module("b.x")}
+    assert verdict.inherited == verdict.failed - 1 > 3
+    assert verdict.worst[0].growth == "inf"
+
+
+def test_second_fault_is_listed_beside_the_first():
+    """A call that makes an error it inherits much larger is listed with its growth."""
+    golden, candidate = NETWORK.run(), NETWORK.run(after="a", factor=1.01)
+    other = NETWORK.run(after="c", factor=1.5)
+    number = next(c for _, c in other.calls() if ".c." in c.c).o["output.0"][0]
+    candidate.tensors[number] = other.tensors[number]
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.divergence.module == "a"
+    listed = {f.row.call: f.growth for f in verdict.worst}
+    assert set(listed) == {captures.module("a"), captures.module("c")}
+    assert 3 < listed[captures.module("c")] < 1000
+
+
+def test_fault_that_its_parent_hides_is_named():
+    """A call that is off is found where the call around it returns what it should."""
+    x = GENERATOR.standard_normal((4, 32))
+
+    def around(factor):
+        calls = [
+            (captures.module("b.x"), 1, {}, {"output.0": x * factor}),
+            (captures.module("b"), 0, {}, {"output.0": -x}),
+        ]
+        return captures.capture(calls)
+
+    verdict = verdict_of(around(1.0), around(1.1))
+
+    assert verdict.failed == 1
+    assert verdict.divergence.module == "b.x"
+
+
+def renamed(capture, old, new):
+    """A capture with calls named otherwise."""
+    for _, call in capture.calls():
+        call.c = call.c.replace(old, new)
+    return capture
+
+
+def test_renamed_module_is_matched():
+    """A module that has another name is reported with its nearest match."""
+    verdict = verdict_of(NETWORK.run(), renamed(NETWORK.run(), "b.y.M", "b.why.Other"))
+
+    (change,) = verdict.structure
+    assert change.gone == captures.module("b.y")
+    assert change.new == captures.module("b.why", "Other")
+    assert change.is_equal
+    assert verdict.status == "fail"
+    assert verdict.divergence is None
+
+
+def test_judging_goes_on_around_a_renamed_module():
+    """Beside a renamed module a fault is still found and named."""
+    candidate = renamed(NETWORK.run(after="c"), "b.y.M", "b.why.M")
+
+    verdict = verdict_of(NETWORK.run(), candidate)
+
+    assert verdict.structure
+    assert verdict.divergence.module == "c"
+
+
+def test_new_and_fused_modules_are_reported():
+    """Two modules that became one have it as their nearest; another one is new."""
+    x = GENERATOR.standard_normal((4, 32))
+
+    def layer(*names):
+        calls = [
+            (captures.module(f"l.{n}", k), 1, {}, {"output.0": x}) for n, k in names
+        ]
+        return captures.capture(
+            [*calls, (captures.module("l"), 0, {}, {"output.0": x})]
+        )
+
+    golden = layer(("gate_proj", "Linear"), ("up_proj", "Linear"))
+    candidate = layer(("gate_up_proj", "Merged"), ("monitor", "Probe"))
+    for _, call in candidate.calls():
+        if "monitor" in call.c:
+            call.o = {"output.0": [captures._add(candidate, 0, "0.first", x[:1])]}
+
+    changes = verdict_of(golden, candidate).structure
+
+    pairs = [(display_name(c.gone), display_name(c.new)) for c in changes]
+    assert pairs == [
+        ("l.gate_proj", "l.gate_up_proj"),
+        ("l.up_proj", "l.gate_up_proj"),
+        ("", "l.monitor"),
+    ]
