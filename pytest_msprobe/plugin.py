@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pytest_msprobe.compat import import_first_folders
 from pytest_msprobe.errors import MsprobeError
 from pytest_msprobe.session import CALIBRATION, MARKER, SESSION, MsprobeSession
 
@@ -96,6 +97,7 @@ def _read(config: pytest.Config) -> MsprobeSession | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Reads the configuration before any conftest can import torch."""
+    import_first_folders()
     session = _read(early_config)
     early_config.stash[SESSION] = session
     if session is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
+from pytest_msprobe.compat import LEVEL_VARIABLE
 from pytest_msprobe.errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
@@ -357,6 +358,9 @@ class MsprobeSession:
                     rules += _marker_rules(item, value, where)
         if self.calibration is not None:
             engine |= self.calibration["engine"]
+        level = os.environ.get(LEVEL_VARIABLE)
+        if level in LEVELS:
+            config = replace(config, level=level)  # type: ignore[arg-type]
         return TestOptions(config, steps, engine, tuple(rules))
 
     def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:
@@ -585,6 +589,7 @@ class MsprobeSession:
 
         captures = _read_recorded(capture)
         disagreement = find_disagreement(captures)
+        is_disagreeing = disagreement is not None
         if self.settings.golden.is_tp_invariant:
             captures = [self._combine(capture, captures)]
         absent = self._absent_ranks(capture, captures)
@@ -610,7 +615,9 @@ class MsprobeSession:
         self._judged_tests.add(capture.item.nodeid)
         self._judged_folders.add(self._golden_folder(capture))
         if failures:
-            first = first_failure(failures, captures)
+            first = failures[0]
+            if not is_disagreeing:
+                first = first_failure(failures, captures)
             command = self.update_command(capture.item, first)
             text = render_failure(first, update_command=command)
             pytest.fail(text, pytrace=False)

@@ -19,6 +19,9 @@ _DUMP_KEYS = ("dump_config", "dump_config_path")
 
 def register() -> None:
     """Wraps the one method, once a process; does nothing where there are no workers."""
+    from pytest_msprobe.compat import import_first_folders
+
+    import_first_folders()
     _check_command()
     module = sys.modules.get(_WORKER_BASE)
     base = getattr(module, "WorkerWrapperBase", None)

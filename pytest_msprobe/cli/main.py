@@ -14,6 +14,7 @@ from pytest_msprobe.cli import (
     goldens,
     init,
     inspect,
+    narrow,
     runs,
 )
 from pytest_msprobe.errors import MsprobeError
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         calibrate.calibrate,
         "run tests several times, store each row's noise in the goldens",
     )
+    _narrow_command(commands)
     check = commands.add_parser("check", help="judge a saved run again")
     check.add_argument("run", help="run folder, or a folder in it")
     check.add_argument(
@@ -156,6 +158,23 @@ def _compare_command(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
 
 
+def _narrow_command(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = commands.add_parser(
+        "narrow", help="repeat a failing test at mix on two sides, name the operator"
+    )
+    command.add_argument("nodeid", help="the test, as pytest names it")
+    command.add_argument(
+        "--good",
+        required=True,
+        metavar="REF|PYTHON|CAPTURE",
+        help="side that is right: a git ref, another environment's interpreter, or a "
+        "saved capture or run",
+    )
+    command.set_defaults(
+        action=lambda o: narrow.narrow(o.nodeid, o.good, o.rest), takes_rest=True
+    )
+
+
 def _pytest_command(
     commands: "argparse._SubParsersAction[_Parser]",
     name: str,
@@ -170,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for a finding, 4 for wrong use."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.action is not None and rest:
+    options.rest = rest
+    if options.action is not None and rest and not hasattr(options, "takes_rest"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.action is None:

@@ -82,7 +82,7 @@ def find_disagreement(captures: Sequence[CaptureFile]) -> Disagreement | None:
 def first_failure(
     failures: Sequence[Verdict], captures: Sequence[CaptureFile]
 ) -> Verdict:
-    """The verdict of the rank that diverged first, by step and call; else the first.
+    """The first verdict without a divergence, else that of the rank that was first off.
 
     Args:
         failures: Verdicts that are not green, at least one.
@@ -99,7 +99,7 @@ def first_failure(
     def place(verdict: Verdict) -> tuple[float, float]:
         divergence = verdict.divergence
         if divergence is None or divergence.finding is None:
-            return math.inf, math.inf
+            return -1, -1  # incomparable, missing, or a rank is missing: said first
         row = divergence.finding.row
         number = order.get(verdict.rank, {}).get((row.step, row.call), math.inf)
         return row.step, number

@@ -115,6 +115,8 @@ class DebuggerConfig:
             in bytes; 0 measures everything at once. Not a key of msProbe's.
         measure_once: Whether a tensor seen again, and not written in between, keeps its
             numbers. Not a key of msProbe's.
+        kv_cache: Whether what each layer wrote into its KV cache is recorded as well.
+            Not a key of msProbe's.
     """
 
     task: Task = "statistics"
@@ -142,6 +144,7 @@ class DebuggerConfig:
     max_bytes: int = DEFAULT_MAX_BYTES
     pending_bytes: int = DEFAULT_PENDING_BYTES
     measure_once: bool = True
+    kv_cache: bool = False
 
     @property
     def has_modules(self) -> bool:
@@ -344,6 +347,7 @@ def parse_debugger_config(
         "pending_bytes": _read_bytes(general, "pending_bytes", DEFAULT_PENDING_BYTES),
         "measure_once": general.flag("measure_once", default=True),
         "load": _read_load(general, level),
+        "kv_cache": general.flag("kv_cache", default=False),
     }
     if level != "debug":
         values["slice"] = _read_slice(section)
@@ -351,6 +355,8 @@ def parse_debugger_config(
         values.update(_read_bench(section, task, values["summary_mode"]))
     if general.has("dump_enable"):
         values["dump_enable"] = general.flag("dump_enable", default=True)
+    if values["kv_cache"] and level == "L1":
+        raise general.error("kv_cache", "expected level L0 or mix, which record it")
     if task == "structure" and level == "L1":
         values["level"] = "mix"
     return DebuggerConfig(**values)

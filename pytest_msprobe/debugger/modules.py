@@ -49,7 +49,7 @@ class ModuleWrappers:
     ) -> None:
         self._collector = collector
         self._model = model
-        self._originals: list[tuple[torch.nn.Module, object]] = []
+        self._originals: list[tuple[torch.nn.Module, object, object]] = []
         self._has_modules = False
 
     def install(self, *, has_modules: bool) -> None:
@@ -83,8 +83,10 @@ class ModuleWrappers:
         return self._has_modules and id(module) in module_paths(self._model)
 
     def remove(self) -> None:
-        """Restores every module as it was."""
-        for module, original in reversed(self._originals):
+        """Restores every module as it was; what others have put there since stays."""
+        for module, original, wrapper in reversed(self._originals):
+            if module.__dict__.get("forward") is not wrapper:
+                continue
             if original is _MISSING:
                 module.__dict__.pop("forward", None)
             else:
@@ -92,7 +94,8 @@ class ModuleWrappers:
         self._originals.clear()
 
     def _wrap(self, module: torch.nn.Module, wrapper: Callable[..., Any]) -> None:
-        self._originals.append((module, module.__dict__.get("forward", _MISSING)))
+        before = module.__dict__.get("forward", _MISSING)
+        self._originals.append((module, before, wrapper))
         module.__dict__["forward"] = wrapper
 
     def _mark_forward(

@@ -17,6 +17,7 @@ import torch
 
 from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.engine.kv_cache import add_readers, remove_readers
 from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.engine.requests import RequestTable, is_real_step
 from pytest_msprobe.engine.shards import places_of
@@ -59,6 +60,7 @@ class Attachment(ABC):
         self.on_step: Callable[[], None] | None = None
         self._is_open = False
         self._replaced: list[tuple[Any, str, object]] = []
+        self._cached: list[torch.nn.Module] = []
 
     def install(self, *, has_execute: bool = True) -> None:
         """Puts the hooks on.
@@ -82,6 +84,9 @@ class Attachment(ABC):
                 raise EngineError(message, slug="runner", hint=hint)
         model = self.runner.get_model()
         self.recorder.collector.places = places_of(model)
+        if self.recorder.config.kv_cache:
+            collector = self.recorder.collector
+            self._cached = add_readers(model, collector, self.replace)
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
         if has_execute:
@@ -112,6 +117,7 @@ class Attachment(ABC):
             else:
                 owner.__dict__[name] = original
         self._replaced.clear()
+        remove_readers(self._cached)
 
     def replace(
         self, owner: Any, name: str, hook: Callable[..., Callable[..., Any]]

@@ -6,24 +6,20 @@ computed are read when torch and vLLM are imported: so each side of a comparison
 its own process, of this Python or of another one that has another vLLM.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest_msprobe
+from pytest_msprobe.compat import package_path
 from pytest_msprobe.config.debugger_config import DebuggerConfig, config_from_json
 from pytest_msprobe.errors import EngineError, MsprobeError
 
 _ERROR_LINES = 12
-_METADATA = "Metadata-Version: 2.1\nName: pytest-msprobe\nVersion: {version}\n"
-_ENTRY_POINTS = "[vllm.general_plugins]\nmsprobe = pytest_msprobe.vllm_entry:register\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +102,6 @@ def _as_json(job: dict[str, Any]) -> str:
         message = f"cannot be handed to another process: {error}"
         hint = "engine arguments, prompts and sampling are to be plain values"
         raise EngineError(message, slug="child-arguments", hint=hint) from error
-
-
-@contextlib.contextmanager
-def package_path() -> Iterator[str]:
-    """A folder that holds this package alone, with its entry point, for PYTHONPATH.
-
-    The folder in which it is installed would bring all its neighbours along.
-    """
-    package = Path(pytest_msprobe.__file__).parent
-    version = pytest_msprobe.__version__
-    with tempfile.TemporaryDirectory(prefix="msprobe-") as name:
-        folder = Path(name)
-        (folder / package.name).symlink_to(package, target_is_directory=True)
-        metadata = folder / f"{package.name}-{version}.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(_METADATA.format(version=version))
-        (metadata / "entry_points.txt").write_text(_ENTRY_POINTS)
-        yield name
 
 
 def plain_sampling(sampling: Any) -> dict[str, Any]:
