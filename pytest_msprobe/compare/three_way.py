@@ -55,7 +55,8 @@ class RelativeErrors:
         with np.errstate(all="ignore"):
             self.error = rel_l2_error(exact, columns_of(own)).relative
             self.honest = np.maximum(rel_l2_error(exact, honest).relative, floor)
-            self.rel_l2 = np.nan_to_num(self.error / self.honest, nan=np.inf)
+            ratio: _F64 = np.nan_to_num(self.error / self.honest, nan=np.inf)
+            self.rel_l2 = ratio
         self.ratio = self.rel_l2 / LIMIT
         self._pairs = pairs
 
@@ -64,6 +65,22 @@ class RelativeErrors:
         (row,) = self._pairs.candidate.row_ids(self._pairs.new[i : i + 1])
         ratio, observed = portable(self.ratio[i]), portable(self.rel_l2[i])
         return Finding(row, METRIC, observed, LIMIT, ratio, RULE)
+
+
+def _errors(
+    truth: CaptureFile, noise: CaptureFile, candidate: CaptureFile
+) -> tuple[Pairs, RelativeErrors]:
+    """Rows that all three have, with their errors."""
+    dtype = str(candidate.header.signature.get("model", {}).get("dtype", ""))
+    pairs = pair_rows(truth, _in_form_of(truth, candidate))
+    floor = _ONE_ROUNDING * _EPSILON.get(dtype, 0.0)
+    return pairs, RelativeErrors(pairs, noise, floor)
+
+
+def r_of_rows(truth: CaptureFile, noise: CaptureFile, candidate: CaptureFile) -> _F64:
+    """(n,) R of every row; arguments as of `judge_three_ways`."""
+    _, errors = _errors(truth, noise, candidate)
+    return errors.rel_l2
 
 
 def judge_three_ways(
@@ -79,8 +96,7 @@ def judge_three_ways(
     """
     header = candidate.header
     dtype = str(header.signature.get("model", {}).get("dtype", ""))
-    pairs = pair_rows(truth, _in_form_of(truth, candidate))
-    errors = RelativeErrors(pairs, noise, _ONE_ROUNDING * _EPSILON.get(dtype, 0.0))
+    pairs, errors = _errors(truth, noise, candidate)
     is_judged = np.ones(len(pairs.new), dtype=np.bool_)
     failed = errors.ratio > 1.0
     verdict = Verdict(

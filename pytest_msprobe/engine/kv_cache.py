@@ -2,9 +2,9 @@
 """What each attention layer wrote into its KV cache, as rows of its own.
 
 For the time of a capture every attention layer has one more module, `cache`, that is
-called when the layer's forward has ended and returns what the cache now holds for the
-tokens of this step. Only blocks that this step wrote are read. A slot that was not
-written, or not as the backend's layout has it, so differs from the golden there.
+called once the cache has been written and returns what it now holds for the tokens of
+this step. Only blocks that this step wrote are read. A slot that was not written, or
+not as the backend's layout has it, so differs from the golden there.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,12 @@ def add_readers(
         if isinstance(layer.kv_cache, torch.Tensor) and layer.kv_cache.numel():
             _sides(layer.kv_cache, layer.attn_backend.get_name(), layer)  # type: ignore[operator, union-attr]
         layer.add_module(NAME, reader)
-        replace(layer, "forward", _reading(reader, collector))
+        impl: Any = getattr(layer, "impl", None)
+        if getattr(layer.attn_backend, "forward_includes_kv_cache_update", True):
+            replace(layer, "forward", _reading(reader, collector, "query", 0))
+        else:  # vLLM writes before it attends
+            hook = _reading(reader, collector, "key", 1)
+            replace(impl, "do_kv_cache_update", hook)
     return layers
 
 
@@ -98,22 +103,29 @@ def remove_readers(layers: list[torch.nn.Module]) -> None:
 
 
 def _reading(
-    reader: KVCache, collector: Collector
+    reader: KVCache, collector: Collector, name: str, place: int
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A hook for a layer's forward that reads the cache behind it."""
+    """A hook for a function that writes the cache, and is then read.
+
+    Args:
+        reader: Reads it.
+        collector: Says whether a step is recorded, and keeps errors.
+        name: Argument of the function that has a row for each token.
+        place: Where it stands among the positional ones.
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def write(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if collector.is_recording:
                 try:
-                    query = args[0] if args else kwargs["query"]
-                    reader(query.shape[0])
+                    by_token = kwargs[name] if name in kwargs else args[place]
+                    reader(by_token.shape[0])
                 except Exception as error:  # noqa: BLE001 - never into the model
                     collector.fail(error)
             return result
 
-        return forward
+        return write
 
     return hook
 

@@ -87,6 +87,7 @@ def test_rows_are_what_was_computed(engine, tmp_path, level):
     layer = tools.model_of(engine).get_submodule(LAYER)
     assert not list(layer.named_children())
     assert "forward" not in layer.__dict__
+    assert "do_kv_cache_update" not in layer.impl.__dict__
 
 
 def test_off_by_default(engine, tmp_path):
