@@ -15,8 +15,8 @@ from types import ModuleType
 # them, both separated as PATH is; set by the command.
 FIRST_FOLDERS = "MSPROBE_FIRST_FOLDERS"
 KEPT_MODULES = "MSPROBE_KEPT_MODULES"
-# Level at which the command repeats a test, whatever that asks for.
-LEVEL_VARIABLE = "MSPROBE_LEVEL"
+# Fields of the capture's configuration with which the command repeats a test, as JSON.
+CAPTURE_VARIABLE = "MSPROBE_CAPTURE"
 _METADATA = "Metadata-Version: 2.1\nName: pytest-msprobe\nVersion: {version}\n"
 _ENTRY_POINTS = """\
 [pytest11]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from pytest_msprobe.compat import LEVEL_VARIABLE
+from pytest_msprobe.compat import CAPTURE_VARIABLE
 from pytest_msprobe.errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
@@ -327,9 +327,9 @@ class MsprobeSession:
         Raises:
             ConfigError: Its marker has an unknown key or a wrong value.
         """
-        from dataclasses import replace
+        from dataclasses import asdict, replace
 
-        from pytest_msprobe.config.debugger_config import LEVELS
+        from pytest_msprobe.config.debugger_config import LEVELS, config_from_json
 
         config = self.settings.capture
         steps = self.settings.golden.decode_steps
@@ -358,9 +358,9 @@ class MsprobeSession:
                     rules += _marker_rules(item, value, where)
         if self.calibration is not None:
             engine |= self.calibration["engine"]
-        level = os.environ.get(LEVEL_VARIABLE)
-        if level in LEVELS:
-            config = replace(config, level=level)  # type: ignore[arg-type]
+        changes = os.environ.get(CAPTURE_VARIABLE)
+        if changes:
+            config = config_from_json({**asdict(config), **json.loads(changes)})
         return TestOptions(config, steps, engine, tuple(rules))
 
     def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:

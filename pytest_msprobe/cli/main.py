@@ -170,8 +170,14 @@ def _narrow_command(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="side that is right: a git ref, another environment's interpreter, or a "
         "saved capture or run",
     )
+    command.add_argument(
+        "--replay",
+        action="store_true",
+        help="give each module that differs its good inputs: own and inherited error",
+    )
     command.set_defaults(
-        action=lambda o: narrow.narrow(o.nodeid, o.good, o.rest), takes_rest=True
+        action=lambda o: narrow.narrow(o.nodeid, o.good, o.rest, has_replay=o.replay),
+        takes_rest=True,
     )
 
 

@@ -8,6 +8,7 @@ worktree of it first, while the test itself stays the present one.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -15,23 +16,28 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pytest_msprobe.cli.runs import POINTER
 from pytest_msprobe.compare.against import judge_against
+from pytest_msprobe.compare.replay import own_errors, suspicious_modules
 from pytest_msprobe.compat import (
+    CAPTURE_VARIABLE,
     FIRST_FOLDERS,
     KEPT_MODULES,
-    LEVEL_VARIABLE,
     package_path,
 )
 from pytest_msprobe.dump.capture import read_capture, read_header
 from pytest_msprobe.errors import DumpFormatError, EngineError
 from pytest_msprobe.model.limits import Rule
+from pytest_msprobe.model.names import display_name
 from pytest_msprobe.report.record import read_verdict
 from pytest_msprobe.report.terminal import render_failure, render_green
 
 FINDING = 1
 _OUTPUT_LINES = 15
+# What must be recorded alike on both sides.
+_SELECTION = ("task", "level", "scope", "names", "data_mode", "step", "risk_level")
 _CAPTURES = "capture.rank*.jsonl"
 
 
@@ -50,13 +56,16 @@ class Side:
     variables: dict[str, str] = field(default_factory=dict)
 
 
-def narrow(nodeid: str, good: str, arguments: Sequence[str]) -> int:
+def narrow(
+    nodeid: str, good: str, arguments: Sequence[str], *, has_replay: bool = False
+) -> int:
     """Judges a test's captures at mix against those of a side that is right.
 
     Args:
         nodeid: The test.
         good: Git ref, interpreter, capture file or run folder.
         arguments: Further arguments of pytest, `--msprobe-config` among them.
+        has_replay: Also give each suspicious module its good inputs.
 
     Returns:
         0 where both sides agree, else 1.
@@ -70,25 +79,58 @@ def narrow(nodeid: str, good: str, arguments: Sequence[str]) -> int:
         message = "narrow: --msprobe-config: not given; the test is run with it"
         raise EngineError(message, slug="narrow-config")
     saved = _saved_captures(Path(good))
-    level = "mix"
+    changes: dict[str, Any] = {"level": "mix"}
     if saved:
-        level = str(read_header(saved[0]).signature.get("level", level))
+        signature = read_header(saved[0]).signature
+        changes = {name: signature[name] for name in _SELECTION if name in signature}
         theirs, title = _by_name(saved), good
     else:
+        kept = {"tensor_list": ["Module."]} if has_replay else {}
         with _good_side(good, nodeid) as side:
             title = side.title
-            theirs = _by_place(*_run(side, options, level))
-    run, found = _run(Side("the working tree"), options, level)
+            theirs = _by_place(*_run(side, options, {**changes, **kept}))
+    bad = Side("the working tree")
+    run, found = _run(bad, options, changes)
     ours = _by_name(found) if saved else _by_place(run, found)
     common = [name for name in ours if name in theirs]
     if not common:
         message = f"{title} has no capture of {nodeid}: {', '.join(theirs)}"
         raise EngineError(message, slug="narrow-captures")
-    print(f"{nodeid} at level {level}; good: {title}, bad: the working tree")
+    print(f"{nodeid} at level {changes.get('level')}; good: {title}, bad: {bad.title}")
     code = 0
     for name in common:
-        code = max(code, _judge(theirs[name], ours[name]))
+        verdict = _judge(theirs[name], ours[name])
+        code = max(code, verdict)
+        if has_replay and verdict:
+            _replay(bad, options, theirs[name], ours[name])
     return code
+
+
+def _replay(side: Side, options: Sequence[str], good: Path, bad: Path) -> None:
+    """Runs the bad side with good inputs in its suspicious modules; prints errors.
+
+    Args:
+        side: The bad side.
+        options: Arguments of pytest.
+        good: Capture of the good side, its dump beside it.
+        bad: Capture of the bad side.
+
+    Raises:
+        EngineError: The good side kept no tensors, or the bad side recorded nothing.
+    """
+    if not any(good.parent.glob("step*/*/dump_tensor_data")):
+        message = f"--replay: {good.parent}: no tensors were kept there"
+        hint = "record it with the task tensor, or name a git ref or an interpreter"
+        raise EngineError(message, slug="narrow-replay", hint=hint)
+    first, second = read_capture(good), read_capture(bad)
+    names = suspicious_modules(first, second)
+    load = {"path": str(good.parent.resolve()), "modules": names, "dumps": True}
+    _, found = _run(side, options, {"level": "L0", "load": load})
+    (replayed,) = [path for path in found if path.name == bad.name][:1]
+    print("\nerrors of the modules that differ, with the good side's inputs:")
+    print(f"  {'own':>9}  {'whole':>9}  module")
+    for error in own_errors(first, second, read_capture(replayed), names):
+        print(f"  {error.own:9.3g}  {error.whole:9.3g}  {display_name(error.call)}")
 
 
 def _judge(good: Path, bad: Path) -> int:
@@ -138,8 +180,15 @@ def _by_place(run: Path, captures: Sequence[Path]) -> dict[str, Path]:
     return {str(path.relative_to(run)): path for path in captures}
 
 
-def _run(side: Side, options: Sequence[str], level: str) -> tuple[Path, list[Path]]:
+def _run(
+    side: Side, options: Sequence[str], changes: dict[str, Any]
+) -> tuple[Path, list[Path]]:
     """Runs the test on one side; returns the run folder and its captures.
+
+    Args:
+        side: The side.
+        options: Arguments of pytest.
+        changes: Fields of the capture's configuration.
 
     Raises:
         EngineError: It recorded nothing.
@@ -149,7 +198,7 @@ def _run(side: Side, options: Sequence[str], level: str) -> tuple[Path, list[Pat
         variables = {
             **os.environ,
             **side.variables,
-            LEVEL_VARIABLE: level,
+            CAPTURE_VARIABLE: json.dumps(changes),
             POINTER: str(pointer),
         }
         command = [side.python, "-m", "pytest", *options]

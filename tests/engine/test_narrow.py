@@ -4,6 +4,7 @@
 import subprocess
 import sys
 
+import pytest
 import tools
 from test_fixture import Project
 
@@ -30,30 +31,45 @@ def test_kernel(msprobe_engine, msprobe):
 """
 
 
-def test_operator_is_named(demo_model, tmp_path):
-    """The operator of the user's kernel is named, with the module around it."""
-    project = Project(tmp_path)
-    project.write(TEST)
-    kernel = tmp_path / "kernel.py"
+@pytest.fixture(scope="module")
+def repository(demo_model, tmp_path_factory):
+    """A repository whose committed kernel is right and whose present one is wrong."""
+    folder = tmp_path_factory.mktemp("repository")
+    Project(folder).write(TEST)
+    kernel = folder / "kernel.py"
     kernel.write_text(KERNEL.format(factor=1.0))
     for command in ("init -q", "add -A", "-c user.name=a -c user.email=a commit -qm x"):
-        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
     kernel.write_text(KERNEL.format(factor=1.02))
+    return folder
 
+
+def test_operator_is_named_and_own_errors_told(repository):
+    """The user's operator is named; with good inputs only its module is off."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest_msprobe.cli.main", "narrow"),
-            *("test_project.py::test_kernel", "--good", "HEAD"),
+            *("test_project.py::test_kernel", "--good", "HEAD", "--replay"),
             *("--msprobe-config", "msprobe.yaml"),
         ],
-        cwd=tmp_path,
+        cwd=repository,
         env=tools.clean_environment(),
         capture_output=True,
         text=True,
         check=False,
     )
 
-    assert done.returncode == 1, done.stdout + done.stderr
-    headline = done.stdout.splitlines()[1]
+    text = done.stdout
+    assert done.returncode == 1, text + done.stderr
+    headline = text.splitlines()[1]
     assert headline.startswith("model.layers.1.mlp.act_fn: first to compute something")
     assert " in Torch.mul." in headline
+    _, _, table = text.partition("module\n")
+    errors = {
+        name: (own, whole) for own, whole, name in map(str.split, table.splitlines())
+    }
+    guilty = errors.pop("model.layers.1.mlp.act_fn")
+    assert guilty[0] == guilty[1] != "0"
+    assert len(errors) > 10
+    assert {own for own, _ in errors.values()} == {"0"}
+    assert all(whole != "0" for _, whole in errors.values())
