@@ -691,7 +691,7 @@ class MsprobeSession:
             reference.path.write_bytes(capture_bytes(reference))
         verdict = judge_three_ways(*references, recorded)
         self.verdicts.append(verdict)
-        self._write_verdict(verdict, capture)
+        self._write_verdict(verdict, capture, ".transformers")
         self._judged_tests.add(capture.item.nodeid)
         _fail_if_red([verdict], [recorded])
 
@@ -760,11 +760,13 @@ class MsprobeSession:
             return {}
         return absent
 
-    def _write_verdict(self, verdict: "Verdict", capture: Capture) -> None:
+    def _write_verdict(
+        self, verdict: "Verdict", capture: Capture, kind: str = ""
+    ) -> None:
         from pytest_msprobe.report.record import write_verdict
 
         suffix = f".rank{verdict.rank}" if verdict.rank else ""
-        path = capture.folder / f"verdict{suffix}.json"
+        path = capture.folder / f"verdict{kind}{suffix}.json"
         try:
             write_verdict(verdict, path)
         except OSError as error:

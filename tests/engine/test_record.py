@@ -16,12 +16,15 @@ def test_environments(msprobe):
     a = msprobe.record(PROMPT, GREEDY)
     b = msprobe.record(PROMPT, GREEDY, python={python!r})
     b.check(against=a)
+    a.check_against_transformers()
     wide = msprobe.record(PROMPT, GREEDY, engine={{"dtype": "float32"}}, name="wide")
     wide.check(against=a)
     changes = {{"hf_overrides": {{"rms_norm_eps": 0.01}}}}
     fault = msprobe.record(PROMPT, GREEDY, engine=changes, name="fault")
     with pytest.raises(pytest.fail.Exception, match="^model.layers.0.input_layernorm"):
         fault.check(against=a)
+    with pytest.raises(pytest.fail.Exception, match="^model.layers.0.input_layernorm"):
+        fault.check_against_transformers()
 
 def test_broken(msprobe):
     msprobe.record(PROMPT, GREEDY, engine={{"max_model_len": -5}})
@@ -60,4 +63,8 @@ def test_two_environments_of_one_test(demo_model, tmp_path, other_python):
     assert "not the same: model.dtype" in text
     assert "FAILED test_project.py::test_broken - in a process of its own" in text
     assert "Traceback" not in text
+    assert "R is the error relative to that of transformers in bfloat16" in text
+    (run,) = (tmp_path / ".msprobe" / "runs").iterdir()
+    names = sorted(path.name for path in run.rglob("test_environments@fault/verdict*"))
+    assert names == ["verdict.json", "verdict.transformers.json"]
     assert not project.goldens()
