@@ -6,6 +6,7 @@ from html import escape
 
 from pytest_msprobe.model.verdict import Finding, Verdict
 from pytest_msprobe.report.terminal import (
+    describe_structure,
     describe_tokens,
     number,
     summary_line,
@@ -45,6 +46,10 @@ def _section(verdict: Verdict) -> str:
         f"<p>{escape(describe_tokens(verdict.tokens))}</p>",
     ]
     parts += [f"<p>{escape(text)}</p>" for text in [*verdict.notes, *verdict.reasons]]
+    structure = [describe_structure(change) for change in verdict.structure]
+    parts += [f"<p>{escape(text)}</p>" for text in structure]
+    if verdict.inherited:
+        parts.append(f"<p>{verdict.inherited} failing rows are inherited</p>")
     if verdict.worst:
         names = ("row", "metric", "observed", "allowed", "ratio", "rule", "noise/limit")
         head = "".join(f"<th>{name}</th>" for name in names)

@@ -12,7 +12,7 @@ from captures import OTHER_KEY, Network, capture, module, request
 from pytest_msprobe.compare.judge import judge
 from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.model.limits import ROW_METRICS, Rule
-from pytest_msprobe.model.verdict import Verdict
+from pytest_msprobe.model.verdict import StructureChange, Verdict
 from pytest_msprobe.report.github import render_annotations, render_summary
 from pytest_msprobe.report.html import render_page
 from pytest_msprobe.report.record import read_verdict, write_verdict
@@ -323,3 +323,28 @@ def test_github_limits_are_kept():
     assert len(list(render_annotations(many[:50]))) == 10
     assert len(render_summary(many).encode()) < 1_000_000
     assert captures.KEY in verdict.key
+
+
+def test_structure_and_inherited_rows_are_said():
+    """Renamed, fused and new modules and the rows that inherit stand in all reports."""
+    verdict = verdict_of()
+    verdict.inherited = 7
+    verdict.structure = [
+        StructureChange(module("a.gate"), module("a.gate_up", "Merged")),
+        StructureChange(module("a.act"), module("a.silu"), is_equal=True),
+        StructureChange(gone=module("a.old")),
+        StructureChange(new=module("a.new")),
+    ]
+
+    text = render_failure(verdict, update_command=None)
+
+    lines = [
+        "gone: a.gate (M); nearest here: a.gate_up (Merged)",
+        "gone: a.act (M); nearest here: a.silu (M), with the same numbers",
+        "gone: a.old (M)",
+        "new: a.new (M)",
+    ]
+    page = render_page([verdict])
+    assert all(f"  {line}\n" in text and f"<p>{line}</p>" in page for line in lines)
+    assert "(7 inherited)" in text
+    assert "7 failing rows are inherited" in page
