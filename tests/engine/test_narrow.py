@@ -8,6 +8,9 @@ import pytest
 import tools
 from test_fixture import Project
 
+# The key `load` of the debugger, which gives modules the inputs of another run.
+pytest.importorskip("pytest_msprobe.debugger.load")
+
 KERNEL = """
 import torch
 
