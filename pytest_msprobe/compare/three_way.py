@@ -24,7 +24,7 @@ from pytest_msprobe.model.verdict import Finding, Verdict, portable
 from pytest_msprobe.statistics.sketch import pack_float32, pack_int16, unpack
 
 # Far above 1: honest rows stay below half of it (benchmarks/three_way.py).
-LIMIT = 5.0
+LIMIT = 8.0
 METRIC = "R"
 RULE = "error / honest error"
 WORST = 20

@@ -68,7 +68,7 @@ def test_first_row_far_above_is_the_origin():
     assert verdict.status == "fail"
     assert verdict.divergence.module == "b"
     assert verdict.divergence.finding.metric == METRIC
-    assert verdict.divergence.finding.observed > 4 * LIMIT
+    assert verdict.divergence.finding.observed > 2 * LIMIT
     assert verdict.failed == 3
 
 
