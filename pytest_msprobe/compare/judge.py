@@ -380,7 +380,8 @@ class _Judge:
     def _list_worst(self, pairs: Pairs, errors: Errors, judged: _Bools) -> None:
         """Failing rows, without those that only hand on what came before them.
 
-        Drift has no single origin: then all of them are listed.
+        Drift has no single origin, and inputs have no growth: where nothing else is
+        left, all of them are listed.
         """
         verdict = self._verdict
         failed = judged & (errors.ratio > 1.0)
@@ -390,8 +391,9 @@ class _Judge:
         divergence = verdict.divergence
         if divergence is not None and divergence.kind != "drift":
             is_own = failed & (growth >= DRIFT)
-            verdict.inherited = int((failed & ~is_own).sum())
-            failed = is_own
+            if is_own.any():
+                verdict.inherited = int((failed & ~is_own).sum())
+                failed = is_own
         for i in _worst(pairs, errors, failed):
             finding = errors.finding(i)
             finding.growth = portable(growth[i])

@@ -75,7 +75,7 @@ def _output_errors(golden: CaptureFile, candidate: CaptureFile) -> dict[str, flo
     index = np.flatnonzero(wanted)
     old, new = (columns_of(lines) for lines in pairs.line_pairs(index))
     with np.errstate(all="ignore"):
-        errors: _F64 = np.nan_to_num(rel_l2_error(old, new), nan=np.inf)
+        errors: _F64 = np.nan_to_num(rel_l2_error(old, new).relative, nan=np.inf)
     errors[pairs.is_equal[index]] = 0.0
     found: dict[str, float] = {}
     for call, error in zip(rows.call[pairs.new[index]].tolist(), errors, strict=True):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The debugger on a GPU without an engine: gradients, nan_check, save, slice, bench.
 
-pytest tests/cuda/test_debugger.py -p no:cacheprovider
+pytest tests/cuda/test_cuda_debugger.py -p no:cacheprovider
 """
 
 import json
