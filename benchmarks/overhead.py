@@ -2,14 +2,14 @@
 """What a capture costs: steps of a real engine with and without one, side by side.
 
     python benchmarks/overhead.py [--model DIR | --shape NAME] [--rounds N]
-        [--msprobe PYTHON] [--save FILE]
+        [--msprobe DIR] [--save FILE]
 
 Every tool has a process and an engine of its own; they take turns, so that a slow spell
 of the machine hits all of them. Figures are medians over the rounds, and ratios to the
 engine that has no tool installed. Writing files happens when a capture ends and is not
 in them, for msProbe as little as it allows: it writes while the model runs.
-With --msprobe, the real tool (mindstudio-probe, in the Python given) runs as well, put
-around execute_model as its guide for vLLM says.
+With --msprobe, the real tool (mindstudio-probe, in the site-packages given) runs as
+well, put around execute_model as its guide for vLLM says.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def parse_arguments():
     parser.add_argument("--prefill", type=int, default=3000, help="tokens, 0 for none")
     parser.add_argument("--variants", nargs="*", choices=OURS, default=list(OURS))
     parser.add_argument("--memory", type=float, default=0.2, help="share of the GPU")
-    parser.add_argument("--msprobe", help="python of an environment that has msProbe")
+    parser.add_argument("--msprobe", help="site-packages that hold the real msProbe")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -239,6 +239,7 @@ def serve(arguments):
     tool, _, level = arguments.child.partition(" ")
     state, folder = None, tempfile.mkdtemp()
     if tool == "msprobe":
+        sys.path.append(arguments.msprobe)
         state = install_msprobe(level, folder)
     llm = start_engine(arguments)
     if tool == "stance":
@@ -283,9 +284,9 @@ def facts():
 class Child:
     """A process with an engine and at most one tool."""
 
-    def __init__(self, tool, python):
+    def __init__(self, tool):
         plugins = "msprobe" if tool == "ours" else "none"
-        command = [python, __file__, "--child", tool, *sys.argv[1:]]
+        command = [sys.executable, __file__, "--child", tool, *sys.argv[1:]]
         self.process = subprocess.Popen(
             command,
             env={
@@ -358,10 +359,7 @@ def run(arguments):
     children = {}
     for tool, _ in tools.values():
         if tool not in children:
-            is_real = tool.startswith("msprobe")
-            children[tool] = Child(
-                tool, arguments.msprobe if is_real else sys.executable
-            )
+            children[tool] = Child(tool)
     steps = [("decode", batch) for batch in arguments.batches]
     if arguments.prefill:
         steps.append(("prefill", arguments.prefill))
