@@ -9,6 +9,9 @@ method only if the environment variable or the engine's additional_config asks f
 import functools
 import sys
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import Any
 
 _MARK = "_msprobe_wrapped"
@@ -18,12 +21,45 @@ _DUMP_KEYS = ("dump_config", "dump_config_path")
 
 
 def register() -> None:
-    """Wraps the one method, once a process; does nothing where there are no workers."""
+    """Wraps the one method, once a process, at once or when its module is imported."""
     from pytest_msprobe.compat import import_first_folders
 
     import_first_folders()
     _check_command()
     module = sys.modules.get(_WORKER_BASE)
+    if module is not None:
+        _wrap(module)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Wraps the method as soon as its module has been imported.
+
+    vLLM loads plugins once a process, which may be long before it imports its workers.
+    """
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        del path, target
+        if fullname != _WORKER_BASE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _wrap(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+def _wrap(module: Any) -> None:
     base = getattr(module, "WorkerWrapperBase", None)
     if base is None:
         return

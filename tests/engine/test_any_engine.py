@@ -142,6 +142,21 @@ def test_additional_config_attaches_without_the_variable(demo_model, tmp_path):
         assert engines.capture_ranks(llm, tmp_path)[0].steps
 
 
+EARLY = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+assert "vllm.v1.worker.worker_base" not in sys.modules
+import tools
+print(tools.control(tools.start(), "status")["ok"])
+"""
+
+
+def test_plugins_may_be_loaded_before_the_workers_are_imported(demo_model):
+    """VLLM loads plugins once a process; workers that come later still listen."""
+    assert run_python(EARLY)[-1] == "True"
+
+
 def test_an_engine_that_is_not_eager_is_refused(demo_model, tmp_path):
     """Compiled engines are refused with the reason, not captured in part."""
     import vllm
