@@ -7,6 +7,7 @@ method only if the environment variable or the engine's additional_config asks f
 """
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
@@ -18,13 +19,16 @@ _MARK = "_msprobe_wrapped"
 _METHOD = "msprobe_control"
 _WORKER_BASE = "vllm.v1.worker.worker_base"
 _DUMP_KEYS = ("dump_config", "dump_config_path")
+# As in compat, which is imported only where it is needed.
+_FIRST_FOLDERS = "MSPROBE_FIRST_FOLDERS"
 
 
 def register() -> None:
     """Wraps the one method, once a process, at once or when its module is imported."""
-    from pytest_msprobe.compat import import_first_folders
+    if os.environ.get(_FIRST_FOLDERS):
+        from pytest_msprobe.compat import import_first_folders
 
-    import_first_folders()
+        import_first_folders()
     _check_command()
     module = sys.modules.get(_WORKER_BASE)
     if module is not None:
