@@ -463,7 +463,11 @@ class FunctionMode(TorchFunctionMode):
             return entry.unary_site or site
         if not place.is_operator or entry.operator_site is None:
             return site
-        if self._callers.is_swapped(frame, place, args):
+        if (
+            place.swapped
+            and not isinstance(args[-1], torch.Tensor)
+            and self._callers.is_swapped(frame, place, args)
+        ):
             return self._table.site(f"Tensor.{place.swapped}.")
         return entry.operator_site
 
@@ -488,9 +492,12 @@ class FunctionMode(TorchFunctionMode):
         if place.positional < 0:
             return args, kwargs
         names = entry.parameters
-        values = dict(zip(names, args, strict=False)) | kwargs
         count = place.positional + (names[0] == "self")  # called on a tensor
+        given = len(args)
         try:
+            if count >= given and not place.keywords:
+                return (*args, *[kwargs[name] for name in names[given:count]]), {}
+            values = dict(zip(names, args, strict=False)) | kwargs
             return (
                 tuple(values[name] for name in names[:count]),
                 {name: values[name] for name in place.keywords},
