@@ -43,6 +43,8 @@ GUIDE = {
         "summary_mode": "statistics",
     },
 }
+# Engines in this process change its variables, LD_PRELOAD among them.
+_AT_START = dict(os.environ)
 _NUMBER = itertools.count()
 
 
@@ -58,10 +60,10 @@ def example(name):
 
 
 def clean_environment(**changes):
-    """Variables of a child process: those of this one without CI and our own."""
+    """Variables of a child process: those we were given without CI and our own."""
     variables = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in _AT_START.items()
         if name != "CI" and not name.startswith(("MSPROBE_", "PYTEST_", "COV_"))
     }
     return {**variables, **changes}

@@ -110,7 +110,9 @@ def calibrate(arguments: Sequence[str]) -> int:
     targets = _targets(run)
     for change in changes(names, [target.capture for target in targets.values()]):
         print(f"\ncalibrate: {change.name}", flush=True)
-        _, other = run_pytest(rest, _STATE, **{VARIABLE: change.text})
+        # A preloaded OpenMP reads its variables before any of our code runs.
+        variables = {**change.env, VARIABLE: change.text}
+        _, other = run_pytest(rest, _STATE, **variables)
         if other is not None:
             _compare(targets, other, change.name)
     for target in targets.values():

@@ -253,6 +253,8 @@ def test_faults_of_an_engine_in_this_process(pytester, tokens):
 
 INTERRUPT = """
 def test_interrupted(msprobe_engine, msprobe):
+    # A job in the background of a shell ignores interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with msprobe.capture(msprobe_engine):
         during_step(
             layer(msprobe_engine), 3, lambda: os.kill(os.getpid(), signal.SIGINT)

@@ -22,6 +22,8 @@ COMMON = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+# A process that has had another engine starts none with experts.
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 PROMPTS = ({"prompt_token_ids": [0, 7, 8, 9, 10, 7, 3]},)
 FAMILIES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
@@ -61,7 +63,9 @@ def test_rows_do_not_depend_on_when_they_are_measured(family, tmp_path):
     model.mkdir()
     config = {**COMMON, **FAMILIES[family]}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with started(model, load_format="dummy", skip_tokenizer_init=True) as llm:
+    with started(
+        model, OWN_PROCESS, load_format="dummy", skip_tokenizer_init=True
+    ) as llm:
         for level in ("L0", "mix"):
             found = {
                 name: rows_of(llm, tmp_path / level / name, level, **setting)
