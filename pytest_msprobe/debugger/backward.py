@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
+from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.raw import CallSite, RawCall
 
 Gradients = Sequence[torch.Tensor | None]
 

@@ -18,7 +18,7 @@ from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import Scalar, TensorValue, Tree
 
 if TYPE_CHECKING:
-    from pytest_msprobe.debugger.collector import RawCall
+    from pytest_msprobe.debugger.raw import RawCall
 
 _LOG = logging.getLogger("pytest_msprobe")
 

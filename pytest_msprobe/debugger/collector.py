@@ -28,14 +28,14 @@ from pytest_msprobe.debugger.measure import (
     Measurer,
     is_suspicious,
 )
+from pytest_msprobe.debugger.raw import CallSite, RawCall, RawStep
+from pytest_msprobe.debugger.recipes import State, make_recipe
 from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.slices import cut_tensor
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import (
-    Frame,
-    Kind,
     Phase,
     Role,
     TensorValue,
@@ -43,7 +43,6 @@ from pytest_msprobe.model.calls import (
 )
 from pytest_msprobe.model.records import CHECKSUM
 from pytest_msprobe.model.segments import (
-    Piece,
     StepLayout,
     split_samples,
     split_tokens,
@@ -70,118 +69,6 @@ _LASTING = frozenset(
 _MOST_NOTED = 256
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
 _BYTES_AN_ELEMENT = 8
-
-
-class CallSite:
-    """A module, or an API under one name: what all of its calls share.
-
-    Attributes:
-        prefix: Text of a call's name before the number.
-        suffix: Text after it.
-        is_module: Whether calls inside it have it as their parent.
-        places: Where the columns of its slots stand in unsharded tensors.
-        parameters: Of a module: what told their last contents, and their description.
-        refuted: Slots that were seen not to be token-major.
-        stacks: Stacks of its calls by number, taken at their first time.
-    """
-
-    __slots__ = (
-        "_names",
-        "count",
-        "generation",
-        "is_module",
-        "parameters",
-        "places",
-        "prefix",
-        "refuted",
-        "stacks",
-        "suffix",
-    )
-
-    def __init__(self, prefix: str, suffix: str, *, is_module: bool) -> None:
-        self.prefix = prefix
-        self.suffix = suffix
-        self.is_module = is_module
-        self.parameters: tuple[list[Any], dict[str, Tree]] | None = None
-        self.places: Places = {}
-        self.refuted: set[Any] = set()
-        self.stacks: dict[int, tuple[Frame, ...]] = {}
-        self.count = 0
-        self.generation = -1
-        self._names: list[str] = []
-
-    def name(self, number: int) -> str:
-        """Name of its call with this number in a step."""
-        names = self._names
-        while len(names) <= number:
-            names.append(f"{self.prefix}{len(names)}{self.suffix}")
-        return names[number]
-
-
-class RawCall:
-    """One call as it is kept until it is written; trees hold `Measured` leaves.
-
-    It is made when the call starts, with its arguments as they are; what they held is
-    read when the collector's log is, before anything can have written them.
-    """
-
-    kind: Kind = "forward"
-    key = ""
-    parent: "RawCall | None" = None
-    phase: Phase = "outside"
-    adjust: "Callable[[RawCall], None] | None" = None
-    module: torch.nn.Module | None = None
-    result: Any = None
-    written: Sequence[torch.Tensor] = ()
-    output: list[Tree] | dict[str, Tree] | None = None
-    parameters: dict[str, Tree] | None = None
-    stack: tuple[Frame, ...] | None = None
-    is_read = False
-    is_taken = False
-
-    def __init__(self, site: CallSite, number: int, depth: int) -> None:
-        self.site = site
-        self.number = number
-        self.depth = depth
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.input_args: list[Tree] = []
-        self.input_kwargs: dict[str, Tree] = {}
-
-    @property
-    def name(self) -> str:
-        """Name as msProbe writes it."""
-        return self.site.name(self.number)
-
-
-class RawStep:
-    """The calls of one step with its pieces.
-
-    Attributes:
-        step: Number.
-        layout: Rows, None where unknown.
-        calls: In the order in which they ended.
-        common_stack: Frames outside the step.
-        token_pieces: Pieces of token-major tensors.
-        sample_pieces: Pieces of sample-major tensors.
-    """
-
-    __slots__ = (
-        "calls",
-        "common_stack",
-        "layout",
-        "sample_pieces",
-        "step",
-        "token_pieces",
-    )
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.layout: StepLayout | None = None
-        self.calls: list[RawCall] = []
-        self.common_stack: tuple[Frame, ...] = ()
-        self.token_pieces: tuple[Piece, ...] = ()
-        self.sample_pieces: tuple[Piece, ...] = ()
 
 
 class Collector:
@@ -253,6 +140,7 @@ class Collector:
         self._measured_constants: dict[Any, Measured | TensorValue] = {}
         self._frame_limit: FrameType | None = None
         self._tensor_folder: Path | None = None
+        self._state: State = ()
         self._current: RawCall | None = None
         self._current_measure = self._measure_in_slot
 
@@ -513,6 +401,9 @@ class Collector:
         if not self.is_recording:
             return
         was_recording, self.is_recording = self.is_recording, False
+        measurer = self.measurer
+        rows = (measurer.padded_tokens, measurer.sample_rows)
+        self._state = (measurer.phase, *rows)
         try:
             if self.config.has_functions:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
@@ -541,16 +432,23 @@ class Collector:
                 if self._step is not None:
                     self._step.calls.append(call)
 
-    def begin_unseen(self) -> None:
-        """A call starts inside which no write is seen: all in it is read at once."""
-        self.before_any_write()
+    def begin_unseen(self, *, writes_others: bool = True) -> None:
+        """A call starts inside which no write is seen: all in it is read at once.
+
+        Args:
+            writes_others: Whether it may write tensors that were made before it, of
+                which `before_write` has not been told.
+        """
+        if writes_others:
+            self.before_any_write()
         self.unseen += 1
         self._log_limit = 1
 
-    def end_unseen(self) -> None:
-        """It has ended; any tensor may have been written."""
+    def end_unseen(self, *, writes_others: bool = True) -> None:
+        """It has ended."""
         self.unseen -= 1
-        self.measurer.forget()
+        if writes_others:
+            self.measurer.forget()
         if not self.unseen:
             self._log_limit = self._most_noted
 
@@ -576,8 +474,7 @@ class Collector:
                 self.read_log()
             if self._undefined:
                 self._undefined.pop(address, None)
-            if address in self.measurer.seen_storages:
-                self.measurer.forget()
+            self.measurer.release(address)
             if address in self._constants:
                 del self._constants[address]
                 self._measured_constants.clear()
@@ -596,35 +493,106 @@ class Collector:
 
     def _read_inputs(self, call: RawCall) -> None:
         """Measures the arguments of a call."""
-        self._current = call
-        call.input_args = self._read(call.args, "input_args", call, 0)
-        if call.kwargs:
-            call.input_kwargs = {
-                name: self._read_one(value, f"input_kwargs.{name}", call, name)
-                for name, value in call.kwargs.items()
-            }
+        args, kwargs = call.args, call.kwargs
+        names = tuple(kwargs)
+        values = (*args, *kwargs.values()) if names else args
+        nodes = self._read_alike(call, call.number, values, names)
+        if nodes is None:
+            self._current = call
+            nodes = self._read(args, "input_args", call, 0)
+            for name, value in kwargs.items():
+                nodes.append(self._read_one(value, f"input_kwargs.{name}", call, name))
+            self._remember(call, call.number, values, nodes, names)
+        if names:
+            count = len(args)
+            call.input_kwargs = dict(zip(names, nodes[count:], strict=True))
+            del nodes[count:]
+        call.input_args = nodes
         if call.adjust is not None:
             call.adjust(call)
 
     def _read_outputs(self, call: RawCall) -> None:
         """Measures the results of a call and the tensors that it wrote in place."""
-        self._current = call
         result = call.result
         if call.site.is_module and self._undefined:
             self._define(result)
         if isinstance(result, tuple) and hasattr(result, "_asdict"):
+            self._current = call
             call.output = describe_value(result, "output", self._current_measure)
         else:
             values = tuple(result) if isinstance(result, tuple) else (result,)
             if call.written:
                 extra = [t for t in call.written if all(t is not v for v in values)]
                 values = (*values, *extra)
-            call.output = self._read(values, "output", call, 128)
+            nodes = self._read_alike(call, ~call.number, values, ())
+            if nodes is None:
+                self._current = call
+                nodes = self._read(values, "output", call, 128)
+                self._remember(call, ~call.number, values, nodes, ())
+            call.output = nodes
         if call.module is not None:
             if result is None:
                 self.read_changed(call, call.args, call.kwargs)
             call.parameters = self._read_parameters(call, call.module)
         call.args, call.kwargs, call.result, call.written = (), {}, None, ()
+
+    def _read_alike(
+        self, call: RawCall, key: int, values: Sequence[Any], names: tuple[str, ...]
+    ) -> list[Tree] | None:
+        """Reads values as they were read last, None where they have another form."""
+        recipe = call.site.recipes.get(key)
+        if recipe is None:
+            return None
+        tensors = recipe.fits(values, names, self._state, self._constant_version)
+        if tensors is None:
+            return None
+        nodes = recipe.nodes.copy()
+        measurer = self.measurer
+        seen = measurer.seen
+        has_roles = self.config.has_functions
+        for place, tensor, (plan, row_class) in zip(
+            recipe.places, tensors, recipe.forms, strict=True
+        ):
+            known = seen.get(id(tensor))
+            if known is not None:
+                measured = known[1]
+                if measured.row_class == row_class and measured.role == "read":
+                    nodes[place] = measured
+                    continue
+            address = tensor.data_ptr()
+            storage = address - int(tensor.storage_offset()) * plan.size
+            if storage in self._opaque or (
+                has_roles and (storage in self._undefined or storage in self._constants)
+            ):
+                return None
+            nodes[place] = measurer.add(tensor, plan, row_class, address, storage)
+        return nodes
+
+    def _remember(
+        self,
+        call: RawCall,
+        key: int,
+        values: Sequence[Any],
+        nodes: Sequence[Tree],
+        names: tuple[str, ...],
+    ) -> None:
+        """Keeps how values were read."""
+        recipes = call.site.recipes
+        recipe = None
+        if self._is_plain and not call.site.places:
+            recipe = make_recipe(
+                values,
+                nodes,
+                names,
+                self._state,
+                self._constant_version,
+                self._constant_ids,
+                _LASTING,
+            )
+        if recipe is not None:
+            recipes[key] = recipe
+        elif recipes:
+            recipes.pop(key, None)
 
     def read_changed(
         self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
@@ -688,22 +656,26 @@ class Collector:
         parameters = module._parameters  # noqa: SLF001 - fast
         if not parameters:
             return {}
-        version: list[Any] = [self._constant_version]
-        for parameter in parameters.values():
-            if parameter is not None:
-                version.append(id(parameter))
-                version.append(_version_of(parameter))
-        site = call.site
-        if site.parameters is None or site.parameters[0] != version:
-            described = {
-                name: self._read_one(parameter, f"parameters.{name}", call, name)
+        values, names = tuple(parameters.values()), tuple(parameters)
+        recipe = call.site.parameters
+        version = self._constant_version
+        if recipe is not None and recipe.fits(values, names, (), version) == []:
+            nodes = recipe.nodes
+        else:
+            nodes = [
+                self._read_one(parameter, f"parameters.{name}", call, name)
                 for name, parameter in parameters.items()
-                if parameter is not None
-            }
-            if not self._is_plain:
-                return described
-            site.parameters = (version, described)
-        return site.parameters[1]
+            ]
+            known = self._constant_ids
+            if self._is_plain:
+                call.site.parameters = make_recipe(
+                    values, nodes, names, (), self._constant_version, known, _LASTING
+                )
+        return {
+            name: node
+            for name, node, value in zip(names, nodes, values, strict=True)
+            if value is not None
+        }
 
     # Tensors -------------------------------------------------------------------
 

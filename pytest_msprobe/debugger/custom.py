@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pytest_msprobe.debugger.collector import CallSite
 from pytest_msprobe.debugger.functions import Action, Entry, record_call
+from pytest_msprobe.debugger.raw import CallSite
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.errors import ConfigError
 

@@ -33,8 +33,9 @@ import yaml
 from torch.overrides import TorchFunctionMode
 
 from pytest_msprobe.debugger.callers import Callers
-from pytest_msprobe.debugger.collector import CallSite, Collector, RawCall
+from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measured
+from pytest_msprobe.debugger.raw import CallSite, RawCall
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -106,6 +107,7 @@ class Entry:
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
         opaque: Positions and names of arguments that hold no numbers.
         is_python: It may run Python code, whose writes the mode does not see.
+        is_marked: Of what was there before it writes what its schema marks, no more.
     """
 
     action: Action
@@ -119,6 +121,7 @@ class Entry:
     writes_unmarked: bool = False
     opaque: tuple[int | str, ...] = ()
     is_python: bool = False
+    is_marked: bool = False
 
 
 def read_op_list(path: Path | None) -> dict[str, list[str]]:
@@ -338,6 +341,7 @@ class FunctionTable:
                     opaque.extend((index, argument.name))
         entry.positions, entry.names = tuple(sorted(positions)), tuple(names)
         entry.writes_unmarked = returns_nothing and not positions
+        entry.is_marked = not entry.writes_unmarked
         entry.opaque = tuple(opaque)
         return entry
 
@@ -521,7 +525,7 @@ def call_unrecorded(
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
     if entry.is_python:
-        return call_unseen(collector, func, args, kwargs)
+        return call_unseen(collector, entry, func, args, kwargs)
     result = func(*args, **kwargs)
     if entry.action is Action.ALLOCATE and isinstance(result, torch.Tensor):
         try:
@@ -535,16 +539,18 @@ def call_unrecorded(
 
 def call_unseen(
     collector: Collector,
+    entry: Entry,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls a function that may run Python code, where the mode sees nothing."""
-    collector.begin_unseen()
+    writes_others = not entry.is_marked
+    collector.begin_unseen(writes_others=writes_others)
     try:
         return func(*args, **kwargs)
     finally:
-        collector.end_unseen()
+        collector.end_unseen(writes_others=writes_others)
 
 
 def record_call(
@@ -591,7 +597,7 @@ def record_call(
         collector.fail(error)
         call = None
     if entry.is_python:
-        result = call_unseen(collector, func, args, kwargs)
+        result = call_unseen(collector, entry, func, args, kwargs)
     else:
         result = func(*args, **kwargs)
     if call is not None and collector.is_recording:

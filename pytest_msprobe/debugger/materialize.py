@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the raw records of a step into plain ones, off the hot path."""
 
-from pytest_msprobe.debugger.collector import RawCall, RawStep
 from pytest_msprobe.debugger.measure import Measured, to_value
+from pytest_msprobe.debugger.raw import RawCall, RawStep
 from pytest_msprobe.model.calls import CallRecord, Scalar, StepRecord, Tree
 
 

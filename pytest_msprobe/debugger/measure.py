@@ -174,7 +174,7 @@ class Measurer:
         is_launching: Whether its own kernels are being started.
         backends: Backend and reason by kind of device.
         seen: Tensors measured, or soon, and not written since, by id.
-        seen_storages: First bytes of their storages.
+        seen_storages: Their keys in `seen` by the first byte of their storage.
     """
 
     def __init__(self, held_bytes: int = 0, *, is_once: bool = True) -> None:
@@ -205,7 +205,9 @@ class Measurer:
         self._batch = array.array("q")
         self._batch_elements = 0
         self.seen: dict[int, tuple[torch.Tensor, Measured]] = {}
-        self.seen_storages: set[int] = set()
+        self.seen_storages: dict[int, list[int]] = {}
+        # Storages that the next launch reads.
+        self._unlaunched: set[int] = set()
         self._seen_bytes = 0
         self._held_bytes = held_bytes
         self._is_once = is_once
@@ -265,6 +267,29 @@ class Measurer:
         row_class = self._classify(plan.first, refuted, slot)
         if plan.kind < 0 or tensor.is_neg():
             return self._measure_slowly(tensor, plan, row_class, role)
+        address = tensor.data_ptr()
+        storage = address - int(tensor.storage_offset()) * plan.size
+        return self.add(tensor, plan, row_class, address, storage, role)
+
+    def add(
+        self,
+        tensor: torch.Tensor,
+        plan: Plan,
+        row_class: RowClass,
+        address: int,
+        storage: int,
+        role: Role = "read",
+    ) -> Measured:
+        """Notes a tensor to be measured by the next launch.
+
+        Args:
+            tensor: Of a form with a kernel.
+            plan: Of its form.
+            row_class: How it is divided.
+            address: Of its first element.
+            storage: First byte of its storage.
+            role: Whether the slot may be judged.
+        """
         if row_class == "neither":
             table = plan.whole
         else:
@@ -272,33 +297,46 @@ class Measurer:
             if table is None:
                 table = self._add_layout_table(tensor.dtype, plan, row_class)
         assert table is not None
-        address = tensor.data_ptr()
-        self.measured_rows += table.rows
+        rows = table.rows
+        self.measured_rows += rows
         if plan.queue is not None:
             chunk, first = plan.queue.add(address, table.prepared)
-            measured = Measured(plan, row_class, chunk, first, table.rows, role)
-            self._remember(tensor, address, measured)
-            return measured
-        first = self._used
-        last = first + table.rows
-        if last > len(self._chunk):
-            self._new_chunk(table.rows)
-            first, last = 0, table.rows
-        self._used = last
-        self._batch.extend(
-            (table.address, table.spans, self._chunk_address, address, first)
-        )
-        self._batch_elements += plan.elements
-        measured = Measured(plan, row_class, self._chunk, first, table.rows, role)
-        self._remember(tensor, address, measured)
+        else:
+            first = self._used
+            if first + rows > len(self._chunk):
+                self._new_chunk(rows)
+                first = 0
+            chunk = self._chunk
+            self._used = first + rows
+            self._batch.extend(
+                (table.address, table.spans, self._chunk_address, address, first)
+            )
+            self._batch_elements += plan.elements
+        fields = (plan, row_class, chunk, first, rows, role, None, None, None)
+        measured = tuple.__new__(Measured, fields)  # without its slower constructor
+        self._unlaunched.add(storage)
+        key = id(tensor) if self._is_once else -1 - self.measured_rows
+        if key not in self.seen:  # else it was divided otherwise
+            self._seen_bytes += plan.elements * plan.size
+            if self._seen_bytes > self._held_bytes:
+                self.forget()
+                return measured
+            keys = self.seen_storages.get(storage)
+            if keys is None:
+                self.seen_storages[storage] = [key]
+            else:
+                keys.append(key)
+        self.seen[key] = (tensor, measured)
         return measured
 
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""
-        self.is_launching = True
-        for queue in self._queues.values():
-            queue.launch()
-        self.is_launching = False
+        self._unlaunched.clear()
+        if self._queues:
+            self.is_launching = True
+            for queue in self._queues.values():
+                queue.launch()
+            self.is_launching = False
         batch = self._batch
         if not batch:
             return
@@ -340,15 +378,20 @@ class Measurer:
             self.seen_storages.clear()
             self._seen_bytes = 0
 
-    def _remember(self, tensor: torch.Tensor, address: int, measured: Measured) -> None:
-        plan = measured.plan
-        self._seen_bytes += plan.elements * plan.size
-        if self._seen_bytes > self._held_bytes:
-            self.forget()
+    def release(self, storage: int) -> None:
+        """A storage is about to be written: its tensors are measured, and forgotten.
+
+        Args:
+            storage: Its first byte.
+        """
+        keys = self.seen_storages.pop(storage, None)
+        if keys is None:
             return
-        key = id(tensor) if self._is_once else -len(self.seen)
-        self.seen[key] = (tensor, measured)
-        self.seen_storages.add(address - int(tensor.storage_offset()) * plan.size)
+        if storage in self._unlaunched:
+            self.launch()
+        for key in keys:
+            _, measured = self.seen.pop(key)
+            self._seen_bytes -= measured.plan.elements * measured.plan.size
 
     def _measure_placed(
         self,

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from pytest_msprobe.debugger.backward import Backward, ModulePass
-from pytest_msprobe.debugger.collector import Collector, RawCall
+from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.load import Loader
+from pytest_msprobe.debugger.raw import RawCall
 
 _MISSING = object()
 

@@ -17,7 +17,7 @@ import torch
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.backward import Backward
 from pytest_msprobe.debugger.bench import Bench
-from pytest_msprobe.debugger.collector import Collector, LayoutSource, RawStep
+from pytest_msprobe.debugger.collector import Collector, LayoutSource
 from pytest_msprobe.debugger.functions import (
     FunctionMode,
     FunctionTable,
@@ -27,6 +27,7 @@ from pytest_msprobe.debugger.functions import (
 from pytest_msprobe.debugger.load import Loader
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
+from pytest_msprobe.debugger.raw import RawStep
 from pytest_msprobe.debugger.writes import TritonWatch, WriteBarriers
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter

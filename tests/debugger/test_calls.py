@@ -20,8 +20,9 @@ from pytest_msprobe.debugger.calls import (
     walk_scalars,
     walk_tensors,
 )
-from pytest_msprobe.debugger.collector import CallSite, Collector
+from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.materialize import materialize
+from pytest_msprobe.debugger.raw import CallSite
 from pytest_msprobe.dump.writer import format_tree
 from pytest_msprobe.model.calls import TensorValue
 
