@@ -14,7 +14,7 @@ def test_a(msprobe_engine):
     msprobe_engine.generate(factor=kernel.factor())
 """
 RIGHT = "def factor():\n    return 1.0\n"
-WRONG = "def factor():\n    return 1.5\n"
+WRONG = "def factor():\n    return 1.25\n"  # longer, so that no stale bytecode is taken
 GIT = ("-c", "user.name=a", "-c", "user.email=a@b.c")
 
 
