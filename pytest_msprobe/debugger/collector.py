@@ -124,8 +124,8 @@ class Collector:
         self._reads_inputs = config.keeps("input") or config.has_modules
         self._log: list[RawCall] = []
         self._noted = 0  # calls that are no longer in the log
-        # The tensor made last, and how many calls had been noted by then.
-        self._fresh: tuple[torch.Tensor | None, int] = (None, 0)
+        # The tensor made last, where it lies, and how many calls were noted by then.
+        self._fresh: tuple[torch.Tensor | None, int, int] = (None, -1, 0)
         self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
         self.generation = 0
@@ -182,7 +182,7 @@ class Collector:
         """Closes the step and returns its records, None if none was open."""
         self.read_log()
         self.measurer.finish_step()
-        self._fresh = (None, 0)
+        self._fresh = (None, -1, 0)
         step = self._step
         self._step = None
         self.is_recording = False
@@ -462,12 +462,12 @@ class Collector:
 
     def before_write(self, tensors: Iterable[torch.Tensor]) -> None:
         """Something is about to write these tensors: what was noted is read first."""
-        fresh, noted = self._fresh
+        _, fresh, noted = self._fresh
         for tensor in tensors:
-            if tensor is fresh and noted == self._noted + len(self._log):
-                self._undefined.pop(storage_address(tensor), None)
-                continue  # made since the last call was noted: no call can hold it
             address = storage_address(tensor)
+            if address == fresh and noted == self._noted + len(self._log):
+                self._undefined.pop(address, None)
+                continue  # made since the last call was noted: no call can hold it
             if address in self._opaque:
                 continue
             if self._log:
@@ -681,12 +681,14 @@ class Collector:
 
     def mark_fresh(self, tensor: torch.Tensor) -> None:
         """Notes a tensor that has just been made."""
-        self._fresh = (tensor, self._noted + len(self._log))
+        address = storage_address(tensor)
+        self._fresh = (tensor, address, self._noted + len(self._log))
 
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
-        self._undefined[storage_address(tensor)] = tensor
-        self._fresh = (tensor, self._noted + len(self._log))
+        address = storage_address(tensor)
+        self._undefined[address] = tensor
+        self._fresh = (tensor, address, self._noted + len(self._log))
 
     def _read(
         self, values: Sequence[Any], side: str, call: RawCall, base: int
