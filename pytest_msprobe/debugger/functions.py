@@ -14,7 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import (
@@ -35,7 +35,8 @@ from torch.overrides import TorchFunctionMode
 from pytest_msprobe.debugger.callers import Callers
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measured
-from pytest_msprobe.debugger.raw import CallSite, RawCall
+from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
+from pytest_msprobe.debugger.trace import marks_of
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -90,6 +91,33 @@ class Action(Enum):
     RECORD = 3
 
 
+class FunctionPoint:
+    """A function under one name.
+
+    Attributes:
+        site: The name.
+        marks: Ends of its calls.
+    """
+
+    __slots__ = ("_entry", "marks", "site")
+
+    module = None
+
+    def __init__(self, site: CallSite, entry: "Entry") -> None:
+        self.site = site
+        self._entry = entry
+        self.marks = marks_of(self)
+
+    def start(self, numbering: Numbering) -> RawCall:
+        """A numbered record of a call."""
+        return numbering.begin(self.site)
+
+    def adjust(self, call: RawCall) -> None:
+        """Arguments that hold no numbers, and what `out=` held, are not judged."""
+        if self._entry.opaque or "out" in call.input_kwargs:
+            _set_roles(call, entry=self._entry)
+
+
 @dataclass(slots=True)
 class Entry:
     """What is known of one function.
@@ -108,6 +136,7 @@ class Entry:
         opaque: Positions and names of arguments that hold no numbers.
         is_python: It may run Python code, whose writes the mode does not see.
         is_marked: Of what was there before it writes what its schema marks, no more.
+        points: It under each of its names.
     """
 
     action: Action
@@ -122,6 +151,14 @@ class Entry:
     opaque: tuple[int | str, ...] = ()
     is_python: bool = False
     is_marked: bool = False
+    points: dict[CallSite, FunctionPoint] = field(default_factory=dict)
+
+    def point(self, site: CallSite) -> FunctionPoint:
+        """The function under a name."""
+        point = self.points.get(site)
+        if point is None:
+            point = self.points[site] = FunctionPoint(site, self)
+        return point
 
 
 def read_op_list(path: Path | None) -> dict[str, list[str]]:
@@ -576,6 +613,15 @@ def record_call(
         seen: Arguments to record where they differ from those to call with.
     """
     seen_args, seen_kwargs = seen or (args, kwargs)
+    if collector.is_traced:
+        return _trace_call(
+            collector,
+            entry,
+            site,
+            func,
+            (args, kwargs),
+            (seen_args, seen_kwargs, frame),
+        )
     call: RawCall | None = None
     written: list[torch.Tensor] = []
     try:
@@ -609,6 +655,37 @@ def record_call(
                 selection.leave(call.name, is_module=False)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
+    return result
+
+
+def _trace_call(
+    collector: Collector,
+    entry: Entry,
+    site: CallSite,
+    func: Callable[..., Any],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    seen: tuple[tuple[Any, ...], dict[str, Any], FrameType],
+) -> Any:
+    """Calls a function and notes inputs before and outputs after."""
+    args, kwargs = given
+    point = entry.points.get(site) or entry.point(site)
+    collector.note_start(point, *seen)
+    written: list[torch.Tensor] = []
+    if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
+        try:
+            written = _written(entry, args, kwargs)
+            collector.before_write(written)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
+    try:
+        if entry.is_python:
+            result = call_unseen(collector, entry, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+    except BaseException:
+        collector.note_abort(point)
+        raise
+    collector.note_end(point, result, written)
     return result
 
 

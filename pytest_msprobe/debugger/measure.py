@@ -174,6 +174,7 @@ class Measurer:
         token_pieces: Their pieces in the open step.
         sample_pieces: The same for sample-major tensors.
         measured_rows: Rows measured so far.
+        refutations: How many slots turned out not to be token-major.
         is_launching: Whether its own kernels are being started.
         backends: Backend and reason by kind of device.
         seen: Tensors measured, or soon, and not written since, by id.
@@ -193,6 +194,7 @@ class Measurer:
         self.token_pieces: tuple[Piece, ...] = ()
         self.sample_pieces: tuple[Piece, ...] = ()
         self.measured_rows = 0
+        self.refutations = 0
         self.is_launching = False
         self.backends: dict[str, tuple[Backend, str]] = {}
         self._plans: dict[Any, Plan] = {}
@@ -450,7 +452,9 @@ class Measurer:
             return "neither"
         if self.phase == "forward":
             if first != self.padded_tokens:
-                refuted.add(slot)
+                if slot not in refuted:
+                    refuted.add(slot)
+                    self.refutations += 1
             elif slot not in refuted:
                 return "token"
         elif self.phase != "outside":

@@ -15,7 +15,8 @@ import torch
 from pytest_msprobe.debugger.backward import Backward, ModulePass
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.load import Loader
-from pytest_msprobe.debugger.raw import RawCall
+from pytest_msprobe.debugger.raw import Numbering, RawCall
+from pytest_msprobe.debugger.trace import marks_of
 
 _MISSING = object()
 
@@ -135,10 +136,27 @@ class ModuleWrappers:
         if self._collector.backward is not None:
             return _with_gradients(hook, original, self._collector.backward)
 
+        collector = self._collector
+
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not hook.collector.is_recording:
+            if not collector.is_recording:
                 return original(*args, **kwargs)
+            if not collector.is_traced:
+                return one_by_one(*args, **kwargs)
+            collector.note_start(hook, args, kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException:
+                collector.note_abort(hook)
+                raise
+            if result is None:
+                collector.note_silent_end(hook, args, kwargs)
+            else:
+                collector.note_end(hook, result)
+            return result
+
+        def one_by_one(*args: Any, **kwargs: Any) -> Any:
             entered = hook.enter(args, kwargs)
             try:
                 result = original(*args, **kwargs)
@@ -202,9 +220,10 @@ class _ModuleHook:
     ) -> None:
         name = type(module).__name__
         self.collector = collector
-        self._module = module
-        self._site = collector.module_site(f"Module.{paths[0]}.{name}.forward.")
-        self._site.places = collector.places.get(paths[0], {})
+        self.module = module
+        self.site = collector.module_site(f"Module.{paths[0]}.{name}.forward.")
+        self.marks = marks_of(self)
+        self.site.places = collector.places.get(paths[0], {})
         self._aliases = {}
         if len(paths) > 1:
             self._aliases = {
@@ -217,24 +236,32 @@ class _ModuleHook:
 
     def next_name(self) -> str:
         """Name that the next call will have."""
-        site, generation = self._site, self.collector.generation
-        return site.name(site.count if site.generation == generation else 0)
+        return self.site.name(self.collector.numbering.next_number(self.site))
+
+    def start(self, numbering: Numbering) -> RawCall:
+        """A numbered record of a call."""
+        alias = ""
+        if self._aliases:
+            alias = self._aliases.get(numbering.path, "")
+        return numbering.begin(self.site, alias)
+
+    def adjust(self, call: RawCall) -> None:
+        """Modules know no roles."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall | None:
         """Notes a call with its inputs."""
         collector = self.collector
         try:
-            alias = ""
-            if self._aliases:
-                alias = self._aliases.get(running_path(collector), "")
-            call = collector.begin_call(self._site, alias)
+            call = self.start(collector.numbering)
+            if collector.progress is not None:
+                collector.progress.note(call.name)
             if self._is_selective and not collector.selection.enter(
                 call.name, is_module=True
             ):
                 return call
             if self._keeps_stacks:
                 collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
-            call.module = self._module
+            call.module = self.module
             collector.log_inputs(call, args, kwargs)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
@@ -246,7 +273,7 @@ class _ModuleHook:
         if call is None:
             return
         collector = self.collector
-        collector.leave_module(call)
+        collector.numbering.leave(call)
         if not collector.is_recording:
             return
         try:
@@ -281,7 +308,7 @@ class _ModuleHook:
     def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
         if call is not None:
-            self.collector.leave_module(call)
+            self.collector.numbering.leave(call)
             self.collector.selection.leave(call.name, is_module=True)
 
 
@@ -294,12 +321,3 @@ def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     if args and isinstance(args[0], torch.Tensor) and args[0].ndim:
         return int(args[0].shape[0])
     return None
-
-
-def running_path(collector: Collector) -> str:
-    """Path of the innermost running module, empty for the root."""
-    call = collector.active_module
-    if call is None:
-        return ""
-    # Module.<path>.<Class>.forward.<n>
-    return (call.key or call.name).removeprefix("Module.").rsplit(".", 3)[0]

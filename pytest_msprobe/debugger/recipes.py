@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the values of a call were read, to read values of the same form alike.
+"""How the values of calls were read, to read values of the same form alike.
 
-Steps of a model repeat themselves: the same call is given other numbers in tensors of
-the same form. Torch's own guard, made for compiled code, tells that with one call.
+Steps of a model repeat themselves: the same calls are given other numbers in tensors of
+the same form. Torch's own guard, made for compiled code, tells that for all tensors of
+many calls at once.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from pytest_msprobe.debugger.calls import describe_value
 from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan
-from pytest_msprobe.model.calls import Tree
+from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
 if TYPE_CHECKING:
     from pytest_msprobe.model.segments import RowClass
@@ -21,131 +26,227 @@ _TensorGuards: Any = None
 with contextlib.suppress(ImportError):  # another torch: nothing is remembered
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
 
-# What a recipe holds for, besides the values: phase and rows of the step.
-State = tuple[Any, ...]
 
-
-class Recipe:
-    """How a list of values was read.
+class Form(NamedTuple):
+    """How a tensor is read.
 
     Attributes:
-        state: Of the step.
-        names: Of the values that were given by keyword, at the end of the list.
-        nodes: What they were read as; tensors that are measured each time are None.
-        same: Places of values that are no tensors, and the values.
-        constants: Places of parameters, buffers and tensors without elements, the
-            tensors, and their versions.
-        version: Of the constants as a whole.
-        places: Of tensors that are measured.
-        forms: Plan and class of rows of each of them.
-        check: Whether other tensors have their form.
+        plan: Of its form.
+        row_class: How it is divided.
+        role: That the call's function gives it, None for that of its memory.
+        is_result: A module returns it: it has been written, by whatever means.
     """
 
-    __slots__ = (
-        "check",
-        "constants",
-        "forms",
-        "names",
-        "nodes",
-        "places",
-        "same",
-        "state",
-        "version",
-    )
+    plan: Plan
+    row_class: "RowClass"
+    role: Role | None
+    is_result: bool
 
-    def __init__(self, state: State, names: tuple[str, ...], version: int) -> None:
-        self.state = state
-        self.names = names
-        self.version = version
-        self.nodes: list[Tree] = []
-        self.same: list[tuple[int, Any]] = []
-        self.constants: list[tuple[int, torch.Tensor, int]] = []
-        self.places: list[int] = []
-        self.forms: list[tuple[Plan, RowClass]] = []
-        self.check: Callable[..., bool] = _is_empty
 
-    def fits(
-        self, values: Sequence[Any], names: tuple[str, ...], state: State, version: int
-    ) -> list[torch.Tensor] | None:
-        """The tensors to measure, None where the values have another form.
+@dataclass(slots=True)
+class Slot:
+    """One value to remember.
+
+    Attributes:
+        name: As in a dump, e.g. `input_args.0`.
+        value: What was given.
+        node: What it was read as.
+        shown: The same with its role.
+        role: As in `Form`.
+        is_result: As in `Form`.
+    """
+
+    name: str
+    value: Any
+    node: Tree
+    shown: Tree
+    role: Role | None = None
+    is_result: bool = False
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How the values of some calls were read.
+
+    Attributes:
+        state: Which slots were known not to be token-major.
+        version: Of the constants as a whole.
+        nodes: What the values were read as; tensors that are measured are None.
+        same: Places of values that are no tensors, the values, and their slots.
+        constants: Picks parameters and buffers, None where there are none.
+        constant_ids: Theirs.
+        owners: Parameters of modules, as the modules hold them.
+        owned_ids: Theirs.
+        watched: Constants and parameters that count their writes.
+        writes: How often they had been written.
+        parameters: What the parameters of each call were read as.
+        pick: Picks the tensors that are measured, each once; None where there are none.
+        places: Theirs.
+        forms: How they are read.
+        check: Whether other tensors have their form, and are different ones.
+        copies: Picks the same tensors where they are given again.
+        originals: Picks where they are given first.
+        copied: Places of both.
+    """
+
+    state: int
+    version: int
+    nodes: list[Tree] = field(default_factory=list)
+    same: list[tuple[int, Any, str]] = field(default_factory=list)
+    constants: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    constant_ids: list[int] = field(default_factory=list)
+    owners: list[Mapping[str, Any]] = field(default_factory=list)
+    owned_ids: list[int] = field(default_factory=list)
+    watched: list[torch.Tensor] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    parameters: list[dict[str, Tree] | None] = field(default_factory=list)
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    places: list[int] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    check: Callable[..., bool] | None = None
+    copies: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    copied: list[tuple[int, int]] = field(default_factory=list)
+
+    def fits(  # noqa: PLR0911 - one return a reason
+        self, values: Sequence[Any], state: int, version: int
+    ) -> tuple[tuple[torch.Tensor, ...], list[Tree]] | None:
+        """The tensors to measure and all other nodes, None where the form is another.
 
         Args:
-            values: Positional values, then those given by keyword.
-            names: Of the latter.
-            state: Of the step.
+            values: Of the calls, as many as there are nodes.
+            state: As of the recipe.
             version: Of the constants.
         """
-        if state != self.state or len(values) != len(self.nodes) or names != self.names:
+        if state != self.state or version != self.version:
             return None
-        for place, expected in self.same:
+        if self.watched and [t._version for t in self.watched] != self.writes:  # noqa: SLF001 - torch has no other
+            return None
+        if (
+            self.owners
+            and [id(item) for item in chain.from_iterable(map(_values_of, self.owners))]
+            != self.owned_ids
+        ):
+            return None
+        if (
+            self.constants is not None
+            and list(map(id, self.constants(values))) != self.constant_ids
+        ):
+            return None
+        changed = None
+        for place, expected, name in self.same:
             value = values[place]
-            if value is not expected and (
-                type(value) is not type(expected) or repr(value) != repr(expected)
+            if value is not expected:
+                if type(value) is not type(expected):
+                    return None
+                changed = changed or []
+                changed.append((place, describe_value(value, name, _no_tensor)))
+        tensors: tuple[torch.Tensor, ...] = ()
+        if self.pick is not None:
+            tensors = self.pick(values)
+            assert self.check is not None
+            if not self.check(*tensors):
+                return None
+            if (
+                self.copies is not None
+                and self.originals is not None
+                and list(map(id, self.copies(values)))
+                != list(map(id, self.originals(values)))
             ):
                 return None
-        if self.constants:
-            if version != self.version:
-                return None
-            for place, constant, written in self.constants:
-                value = values[place]
-                if value is not constant or (
-                    written >= 0 and value._version != written  # noqa: SLF001 - torch has no other
-                ):
-                    return None
-        tensors = [values[place] for place in self.places]
-        return tensors if self.check(*tensors) else None
+        nodes = self.nodes.copy()
+        if changed is not None:
+            for place, node in changed:
+                nodes[place] = node
+        return tensors, nodes
 
 
-def _is_empty(*tensors: torch.Tensor) -> bool:
-    return not tensors
+def _no_tensor(tensor: torch.Tensor, slot: str) -> TensorValue:
+    raise AssertionError(f"{slot}: a tensor {tuple(tensor.shape)} inside a plain value")
+
+
+def _values_of(owner: Mapping[str, Any]) -> Any:
+    return owner.values()
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]] | None:
+    if not places:
+        return None
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places)
 
 
 def make_recipe(
-    values: Sequence[Any],
-    nodes: Sequence[Tree],
-    names: tuple[str, ...],
-    state: State,
+    slots: Sequence[Slot],
+    parameters: Sequence[tuple[torch.nn.Module | None, dict[str, Tree] | None]],
+    *,
+    state: int,
     version: int,
     constants: Mapping[int, tuple[int, Tree]],
-    lasting: frozenset[Any],
+    lasting: Set[Any],
 ) -> Recipe | None:
     """Remembers how values were read.
 
     Args:
-        values: Positional values, then those given by keyword.
-        nodes: What they were read as.
-        names: Of values given by keyword.
-        state: Of the step.
+        slots: The values and what they were read as.
+        parameters: Of each call, with the module that owns them.
+        state: As of a recipe.
         version: Of the constants.
         constants: Version and node by id of a tensor; others are measured each time.
-        lasting: Types of values that are equal if they look equal.
+        lasting: Types of values that cannot change.
 
     Returns:
         None where values must be looked at each time.
     """
     if _TensorGuards is None:
         return None
-    recipe = Recipe(state, names, version)
-    tensors = []
-    for place, (value, node) in enumerate(zip(values, nodes, strict=True)):
+    recipe = Recipe(state, version)
+    constant_places: list[int] = []
+    tensors: list[torch.Tensor] = []
+    firsts: dict[tuple[int, Any, Any], int] = {}
+    for place, slot in enumerate(slots):
+        value, node = slot.value, slot.node
         known = constants.get(id(value))
-        is_empty = isinstance(value, torch.Tensor) and not value.numel()
-        if is_empty or (known is not None and known[1] is node):
-            written = -1 if value.is_inference() else value._version  # noqa: SLF001
-            recipe.constants.append((place, value, written))
+        if known is not None and known[1] is node:
+            constant_places.append(place)
+            recipe.constant_ids.append(id(value))
+            _watch(recipe, value)
         elif type(value) in PLAIN_TYPES:
             if not isinstance(node, Measured) or node.plan.kind < 0:
                 return None
-            recipe.places.append(place)
-            recipe.forms.append((node.plan, node.row_class))
-            tensors.append(value)
-            recipe.nodes.append(None)
-            continue
+            assert isinstance(slot.shown, Measured)
+            # Two rows of one tensor may be divided otherwise, or have other roles.
+            key = (id(value), node.row_class, slot.shown.role)
+            first = firsts.setdefault(key, place)
+            if first != place:
+                recipe.copied.append((place, first))
+            elif any(value is other for other in tensors):
+                return None
+            else:
+                form = Form(node.plan, node.row_class, slot.role, slot.is_result)
+                recipe.places.append(place)
+                recipe.forms.append(form)
+                tensors.append(value)
         elif type(value) in lasting:
-            recipe.same.append((place, value))
+            recipe.same.append((place, value, slot.name))
         else:
             return None
-        recipe.nodes.append(node)
+        recipe.nodes.append(slot.shown)
+    recipe.constants = _picker(constant_places)
+    recipe.pick = _picker(recipe.places)
+    recipe.copies = _picker([place for place, _ in recipe.copied])
+    recipe.originals = _picker([first for _, first in recipe.copied])
+    for module, nodes in parameters:
+        recipe.parameters.append(nodes)
+        if module is not None and module._parameters:  # noqa: SLF001 - fast
+            owned = module._parameters  # noqa: SLF001
+            recipe.owners.append(owned)
+            for parameter in owned.values():
+                recipe.owned_ids.append(id(parameter))
+                if parameter is not None:
+                    _watch(recipe, parameter)
     if tensors:
         every = [[None] * tensor.ndim for tensor in tensors]
         guards = _TensorGuards(
@@ -153,3 +254,9 @@ def make_recipe(
         )
         recipe.check = guards.check
     return recipe
+
+
+def _watch(recipe: Recipe, tensor: torch.Tensor) -> None:
+    if not tensor.is_inference():
+        recipe.watched.append(tensor)
+        recipe.writes.append(tensor._version)  # noqa: SLF001 - torch has no other

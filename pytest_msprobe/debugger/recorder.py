@@ -205,6 +205,7 @@ class Recorder:
             for _, root in root_models(model):
                 self.collector.add_constants(root.parameters())
                 self.collector.add_constants(root.buffers())
+                self.collector.add_modules(root.modules())
             wrappers.install(has_modules=self.config.has_modules)
         if self._watch is None:
             self._watch = TritonWatch(self.collector)
