@@ -559,7 +559,7 @@ class Collector:
         seen, opaque, undefined = measurer.seen, self._opaque, self._undefined
         constants = self._constants if self.config.has_functions else ()
         for place, tensor, (plan, row_class, role, is_result) in zip(
-            recipe.places, tensors, recipe.forms, strict=True
+            recipe.places, tensors, recipe.forms, strict=False
         ):
             known = seen.get(id(tensor))
             if (

@@ -7,12 +7,15 @@ many calls at once.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence, Set
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pytest_msprobe.debugger.calls import describe_value
@@ -83,7 +86,8 @@ class Recipe:
         pick: Picks the tensors that are measured, each once; None where there are none.
         places: Theirs.
         forms: How they are read.
-        check: Whether other tensors have their form, and are different ones.
+        check: Whether other tensors have their form, and are different ones; tensors
+            without elements are asked too.
         copies: Picks the same tensors where they are given again.
         originals: Picks where they are given first.
         copied: Places of both.
@@ -185,7 +189,7 @@ def make_recipe(
     state: int,
     version: int,
     constants: Mapping[int, tuple[int, Tree]],
-    lasting: Set[Any],
+    lasting: AbstractSet[Any],
 ) -> Recipe | None:
     """Remembers how values were read.
 
@@ -205,6 +209,7 @@ def make_recipe(
     recipe = Recipe(state, version)
     constant_places: list[int] = []
     tensors: list[torch.Tensor] = []
+    empty: list[tuple[int, torch.Tensor]] = []
     firsts: dict[tuple[int, Any, Any], int] = {}
     for place, slot in enumerate(slots):
         value, node = slot.value, slot.node
@@ -213,6 +218,12 @@ def make_recipe(
             constant_places.append(place)
             recipe.constant_ids.append(id(value))
             _watch(recipe, value)
+        elif type(value) in PLAIN_TYPES and _is_empty(value):
+            first = next((first for first, other in empty if other is value), None)
+            if first is None:
+                empty.append((place, value))
+            else:
+                recipe.copied.append((place, first))
         elif type(value) in PLAIN_TYPES:
             if not isinstance(node, Measured) or node.plan.kind < 0:
                 return None
@@ -229,13 +240,14 @@ def make_recipe(
                 recipe.places.append(place)
                 recipe.forms.append(form)
                 tensors.append(value)
-        elif type(value) in lasting:
+        elif type(value) in lasting or not _is_container(value):
             recipe.same.append((place, value, slot.name))
         else:
             return None
         recipe.nodes.append(slot.shown)
     recipe.constants = _picker(constant_places)
-    recipe.pick = _picker(recipe.places)
+    recipe.pick = _picker([*recipe.places, *(place for place, _ in empty)])
+    tensors += [value for _, value in empty]
     recipe.copies = _picker([place for place, _ in recipe.copied])
     recipe.originals = _picker([first for _, first in recipe.copied])
     for module, nodes in parameters:
@@ -254,6 +266,17 @@ def make_recipe(
         )
         recipe.check = guards.check
     return recipe
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    is_strided = tensor.layout is torch.strided and not tensor.is_quantized
+    return is_strided and not tensor.is_meta and not tensor.numel()
+
+
+def _is_container(value: Any) -> bool:
+    """Whether a value may hold tensors."""
+    kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
+    return isinstance(value, kinds) or dataclasses.is_dataclass(value)
 
 
 def _watch(recipe: Recipe, tensor: torch.Tensor) -> None:
