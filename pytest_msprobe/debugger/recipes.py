@@ -148,6 +148,9 @@ class Recipe:
         tensors: tuple[torch.Tensor, ...] = ()
         if self.pick is not None:
             tensors = self.pick(values)
+            for tensor in tensors:
+                if getattr(tensor, "is_nested", True):  # torch's guard would abort
+                    return None
             assert self.check is not None
             if not self.check(*tensors):
                 return None
@@ -260,9 +263,11 @@ def make_recipe(
                 if parameter is not None:
                     _watch(recipe, parameter)
     if tensors:
-        every = [[None] * tensor.ndim for tensor in tensors]
+        # Torch would not look at a size or stride that is given as None.
         guards = _TensorGuards(
-            *tensors, dynamic_dims_sizes=every, dynamic_dims_strides=every
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
         )
         recipe.check = guards.check
     return recipe
