@@ -7,7 +7,7 @@ by classes whose `__call__` goes around it (vLLM's support_torch_compile).
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.load import Loader
 from pytest_msprobe.debugger.raw import Numbering, RawCall
 from pytest_msprobe.debugger.trace import marks_of
+from pytest_msprobe.errors import ConfigError
 
 _MISSING = object()
 
@@ -24,65 +25,93 @@ _MISSING = object()
 def root_models(
     model: torch.nn.Module | Sequence[torch.nn.Module],
 ) -> list[tuple[str, torch.nn.Module]]:
-    """The models given to `start` with the prefix of their submodules' paths."""
-    if isinstance(model, torch.nn.Module):
-        return [("", model)]
-    return [(f"{index}.", item) for index, item in enumerate(model)]
+    """The models given to `start` with the prefix of their submodules' paths.
+
+    Raises:
+        ConfigError: It is neither a module nor a list or tuple of modules.
+    """
+    if isinstance(model, list | tuple):
+        roots = [(f"{index}.", item) for index, item in enumerate(model)]
+    else:
+        roots = [("", model)]
+    for _, root in roots:
+        expected = "expected a module, or a list or tuple of modules"
+        if isinstance(root, torch.jit.ScriptModule):
+            expected += " that are not in TorchScript, which no wrapper sees"
+        elif isinstance(root, torch.nn.Module):
+            continue
+        message = f"model: {expected}, found {type(root).__name__}"
+        raise ConfigError(message, slug="model")
+    return roots
 
 
 def module_paths(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
+    roots: Sequence[tuple[str, torch.nn.Module]],
 ) -> dict[int, tuple[torch.nn.Module, list[str]]]:
-    """Every submodule, by id, with all the paths that lead to it; roots left out."""
+    """Every submodule, by id, with all the paths that lead to it.
+
+    Roots are left out, and modules in TorchScript.
+    """
     found: dict[int, tuple[torch.nn.Module, list[str]]] = {}
-    for prefix, root in root_models(model):
+    for prefix, root in roots:
         for path, module in root.named_modules(remove_duplicate=False):
-            if path:
+            if path and not isinstance(module, torch.jit.ScriptModule):
                 entry = found.setdefault(id(module), (module, []))
                 entry[1].append(prefix + path)
     return found
 
 
 class ModuleWrappers:
-    """Puts wrappers on the submodules of a model and takes them off again."""
+    """Puts wrappers on the submodules of a model and takes them off again.
+
+    Attributes:
+        roots: The models, each with the prefix of its submodules' paths.
+        recorded: Ids of the modules that have a record here.
+    """
 
     def __init__(
         self, collector: Collector, model: torch.nn.Module | Sequence[torch.nn.Module]
     ) -> None:
         self._collector = collector
-        self._model = model
+        self.roots = root_models(model)
         self._originals: list[tuple[torch.nn.Module, object, object]] = []
-        self._has_modules = False
+        self.recorded: set[int] = set()
 
-    def install(self, *, has_modules: bool) -> None:
+    def install(
+        self, *, has_modules: bool, others: Collection["ModuleWrappers"] = ()
+    ) -> None:
         """Wraps every submodule and notes where the model's forward begins.
 
         Args:
             has_modules: Whether calls of modules are recorded; else only the place
                 where the forward begins is noted.
+            others: Wrappers of other models; what they have is not wrapped again.
         """
-        self._has_modules = has_modules
+        known: set[int] = set().union(*(other.recorded for other in others))
+        marked = {id(root) for other in others for _, root in other.roots}
         sizes: set[int] = set()
-        for module, paths in module_paths(self._model).values():
+        for module, paths in module_paths(self.roots).values():
             for parameter in module.parameters(recurse=False):
                 sizes.update(parameter.shape)
-            if has_modules:
+            if has_modules and id(module) not in known:
+                self.recorded.add(id(module))
                 self._wrap(module, self._record(module, paths))
                 if self._collector.backward is not None:
                     prefix = f"Module.{paths[0]}.{type(module).__name__}"
                     self._collector.backward.watch_parameters(module, prefix)
-        for index, (_, root) in enumerate(root_models(self._model)):
-            self._wrap(root, self._mark_forward(root, is_counted=index == 0))
+        for index, (_, root) in enumerate(self.roots):
+            if id(root) not in marked:
+                self._wrap(root, self._mark_forward(root, is_counted=index == 0))
         self._collector.model_dimensions |= sizes
 
     def install_one(self, name: str) -> None:
         """Wraps the model itself under a name, and nothing inside it."""
-        assert isinstance(self._model, torch.nn.Module)
-        self._wrap(self._model, self._record(self._model, [name]))
+        ((_, model),) = self.roots
+        self._wrap(model, self._record(model, [name]))
 
     def has(self, module: torch.nn.Module) -> bool:
         """Whether a module is recorded."""
-        return self._has_modules and id(module) in module_paths(self._model)
+        return id(module) in self.recorded
 
     def remove(self) -> None:
         """Restores every module as it was; what others have put there since stays."""

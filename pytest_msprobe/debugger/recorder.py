@@ -157,7 +157,7 @@ class Recorder:
             has_extra_info=config.extra_info,
             saves_tensors=config.saves_tensors,
         )
-        self._wrappers: dict[int, ModuleWrappers] = {}
+        self._wrappers: dict[tuple[int, ...], ModuleWrappers] = {}
         self._wrapped: WrappedFunctions | None = None
         self._barriers: WriteBarriers | None = None
         self._watch: TritonWatch | None = None
@@ -192,21 +192,23 @@ class Recorder:
 
         Raises:
             CaptureError: The level needs a model and there is none.
-            ConfigError: The list of APIs cannot be read.
+            ConfigError: It is no model, or the list of APIs cannot be read.
         """
-        if self.config.has_modules and model is None:
+        roots = root_models(model) if model is not None else []
+        if self.config.has_modules and not roots:
             message = (
                 f"level {self.config.level} records modules, and no model was given"
             )
             raise CaptureError(message, slug="no-model", hint="use start(model=...)")
-        if model is not None and id(model) not in self._wrappers:
-            wrappers = ModuleWrappers(self.collector, model)
-            self._wrappers[id(model)] = wrappers
-            for _, root in root_models(model):
+        key = tuple(id(root) for _, root in roots)
+        if model is not None and key not in self._wrappers:
+            others = list(self._wrappers.values())
+            self._wrappers[key] = wrappers = ModuleWrappers(self.collector, model)
+            for _, root in roots:
                 self.collector.add_constants(root.parameters())
                 self.collector.add_constants(root.buffers())
                 self.collector.add_modules(root.modules())
-            wrappers.install(has_modules=self.config.has_modules)
+            wrappers.install(has_modules=self.config.has_modules, others=others)
         if self._watch is None:
             self._watch = TritonWatch(self.collector)
             self._watch.install()

@@ -3,6 +3,7 @@
 
 import json
 import types
+import warnings
 
 import pytest
 import torch
@@ -270,6 +271,103 @@ def test_a_model_that_a_second_start_brings_is_recorded(tmp_path):
     debugger.step()
 
     assert names(tmp_path) == ["Module.0.Tanh.forward.0"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_new_list_of_the_same_models_changes_nothing(tmp_path, kind):
+    """Models given in another list, or alone, at the next step have one record each."""
+    first, second = Model(), Model()
+    debugger = made(tmp_path, level="L0")
+    for model in (kind([first, second]), kind([first, second]), first, [second]):
+        debugger.start(model=model)
+        first(torch.arange(3))
+        second(torch.arange(3))
+        debugger.stop()
+        debugger.step()
+
+    assert len(names(tmp_path, 0)) == 20
+    for step in (1, 2, 3):
+        assert names(tmp_path, step) == names(tmp_path, 0)
+
+
+def test_a_model_that_joins_a_list_is_recorded(tmp_path):
+    """A list that has grown since the last start is looked at anew."""
+    first, second = Model(), torch.nn.Sequential(torch.nn.Tanh())
+    models = [first]
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=models)
+    models.append(second)
+    debugger.start(model=models)
+    second(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Module.1.0.Tanh.forward.0"]
+
+
+def test_a_part_of_a_model_given_before_is_recorded_once(tmp_path):
+    """Modules keep the name that the first start gave them; others join them."""
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Tanh()), torch.nn.ReLU())
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=model[0])
+    debugger.start(model=model, token_range=[0, 0])
+    model(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == [
+        "Module.0.Tanh.forward.0",
+        "Module.0.Sequential.forward.0",
+        "Module.1.ReLU.forward.0",
+    ]
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+@pytest.mark.parametrize(
+    "model",
+    [3, "model", {}, [None], (Model(), 3), Model, torch.ones(2)],
+    ids=["int", "str", "dict", "none", "pair", "class", "tensor"],
+)
+def test_what_is_no_model_is_refused(tmp_path, level, model):
+    """A model is a module, or a list or tuple of modules; the message says so."""
+    debugger = made(tmp_path, level=level)
+
+    with pytest.raises(ConfigError, match="expected a module, or a list or tuple"):
+        debugger.start(model=model)
+
+
+def test_an_empty_list_is_no_model(tmp_path):
+    """A level with modules needs at least one."""
+    with pytest.raises(CaptureError, match="no model was given"):
+        made(tmp_path, level="L0").start(model=[])
+
+
+def scripted():
+    """A module in TorchScript."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        return torch.jit.script(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_parts_in_torchscript_are_left_out(tmp_path, level):
+    """A scripted module inside a model has no record, the others have."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), scripted(), torch.nn.Tanh())
+    debugger = made(tmp_path, level=level)
+    debugger.start(model=model)
+    model(torch.ones(1, 2))
+    debugger.stop()
+    debugger.step()
+
+    assert debugger.error is None
+    modules = [name for name in names(tmp_path) if name.startswith("Module")]
+    assert modules == ["Module.0.Linear.forward.0", "Module.2.Tanh.forward.0"]
+
+
+def test_a_model_in_torchscript_is_refused(tmp_path):
+    """Nothing could be recorded of it."""
+    with pytest.raises(ConfigError, match="TorchScript"):
+        made(tmp_path, level="L0").start(model=scripted())
 
 
 def test_no_request_of_that_name(tmp_path, caplog):
