@@ -120,6 +120,7 @@ class Collector:
         self.trace = Trace()
         self.is_traced = False
         self._module_sites: dict[str, CallSite] = {}
+        self._function_sites: dict[str, CallSite] = {}
         self._measures = config.task != "structure"
         self._cuts = config.slice
         cuts = bool(config.slice or config.request_id)
@@ -311,6 +312,14 @@ class Collector:
         if site is None:
             site = CallSite(prefix, "", is_module=True)
             self._module_sites[prefix] = site
+        return site
+
+    def function_site(self, prefix: str) -> CallSite:
+        """The site of a function's calls; what has the same name shares its numbers."""
+        site = self._function_sites.get(prefix)
+        if site is None:
+            site = CallSite(prefix, ".forward", is_module=False)
+            self._function_sites[prefix] = site
         return site
 
     def begin_call(self, site: CallSite, key_prefix: str = "") -> RawCall:

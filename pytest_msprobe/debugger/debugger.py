@@ -170,18 +170,24 @@ class PrecisionDebugger:
         """
         with cls._lock:
             self = cls._get()
-            self._write_step()
-            self._step += 1
-            self._look()
-            if not self._is_recording:
-                return
-            self._pause()
-            if self._is_wanted():
-                self._resume()
+            self._turn_to(self._step + 1)
+
+    def _turn_to(self, step: int) -> None:
+        """Writes the open step; what comes belongs to another one."""
+        self._write_step()
+        self._step = step
+        self._look()
+        if not self._is_recording:
+            return
+        self._pause()
+        if self._is_wanted():
+            self._resume()
 
     @classmethod
     def set_init_step(cls, step: int) -> None:
-        """Gives the current step a number.
+        """Gives the current step a number, from which `step` counts on.
+
+        What was recorded in it before is written under the number that it had.
 
         Raises:
             ConfigError: It is not a whole number >= 0.
@@ -190,7 +196,9 @@ class PrecisionDebugger:
             message = f"step {step!r}: expected a whole number >= 0"
             raise ConfigError(message, slug="init-step")
         with cls._lock:
-            cls._get()._step = step  # noqa: SLF001 - the object is of this class
+            self = cls._get()
+            if step != self._step:
+                self._turn_to(step)
 
     @classmethod
     def save(

@@ -260,7 +260,6 @@ class FunctionTable:
         self._namespaces = frozenset(namespaces)
         self._entries: dict[Any, Entry] = {}
         self._known: dict[Any, Entry] = {}
-        self._sites: dict[str, CallSite] = {}
         self.unseen: list[tuple[Any, str, Entry]] = []
         for group, names in op_list.items():
             if group not in _IGNORED_GROUPS:
@@ -326,10 +325,7 @@ class FunctionTable:
 
     def site(self, prefix: str) -> CallSite:
         """The site of a name; functions that share a name share its numbering."""
-        site = self._sites.get(prefix)
-        if site is None:
-            site = self._sites[prefix] = CallSite(prefix, ".forward", is_module=False)
-        return site
+        return self._collector.function_site(prefix)
 
     def lookup(self, function: Any) -> Entry:
         """What to do with a function's calls."""

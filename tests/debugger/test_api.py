@@ -150,6 +150,39 @@ def test_a_restored_function_is_the_original(tmp_path):
     assert names(tmp_path) == ["mine.twice.0.forward"]
 
 
+def test_functions_of_one_name_are_numbered_together(tmp_path):
+    """No call takes the name of another one, whoever registered the function."""
+    debugger = made(tmp_path, level="L1")
+    module, other = own_module(), own_module()
+    debugger.register_custom_api(module, "twice", "Torch")
+    debugger.register_custom_api(other, "twice", "Torch")
+    debugger.start()
+    module.twice(torch.ones(2))
+    other.twice(torch.ones(2))
+    debugger.restore_custom_api(module, "twice")
+    debugger.register_custom_api(module, "twice", "Torch")
+    module.twice(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == [f"Torch.twice.{number}.forward" for number in range(3)]
+
+
+def test_a_registered_function_may_have_the_name_of_an_api(tmp_path):
+    """Its calls are numbered together with those of the API."""
+    debugger = made(tmp_path, level="L1")
+    module = own_module()
+    module.exp = lambda x: x + 1
+    debugger.register_custom_api(module, "exp", "Torch")
+    debugger.start()
+    torch.exp(torch.ones(1))
+    module.exp(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
+
+
 def test_reset_restores_registered_functions(tmp_path):
     """Forgetting the object leaves nothing of ours behind."""
     debugger = made(tmp_path, level="L1")
@@ -391,7 +424,28 @@ def test_bad_scheduled_tokens_are_refused(tmp_path, scheduled):
         debugger.start(scheduled_tokens=scheduled)
 
 
+def test_set_init_step_begins_another_step(tmp_path):
+    """What was recorded before has the old number, what comes behind the new one."""
+    debugger = made(tmp_path, level="L1")
+    debugger.start()
+    torch.exp(torch.ones(1))
+    debugger.set_init_step(7)
+    torch.sin(torch.ones(1))
+    debugger.step()
+    torch.cos(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    for step, name in ((0, "exp"), (7, "sin"), (8, "cos")):
+        assert names(tmp_path, step) == [f"Torch.{name}.0.forward"]
+
+
 ORDERS = [
+    ("start stop init:5 start stop step", 2),
+    ("start init:5 stop step start stop step", 2),
+    ("start init:0 stop step", 1),
+    ("start init:5 step stop", 1),
+    ("init:5 start", 1),
     ("start stop step", 1),
     ("start step stop", 1),
     ("start start stop stop step", 1),
@@ -407,7 +461,11 @@ ORDERS = [
 def test_any_order_of_calls_loses_nothing(tmp_path, order, rows):
     """Whatever the order, what ran behind a start is in the dump."""
     debugger = made(tmp_path, level="L1")
-    for call in order.split():
+    for word in order.split():
+        call, _, number = word.partition(":")
+        if number:
+            debugger.set_init_step(int(number))
+            continue
         getattr(debugger, call)()
         if call == "start" and not order.startswith("start start"):
             torch.exp(torch.ones(1))
