@@ -444,6 +444,12 @@ def _is_seen_by_mode(function: Any) -> bool:
     return True
 
 
+# Torch has no other access to the stack of modes than to its top.
+_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack  # noqa: SLF001
+_pop: Callable[[], Any] = torch.overrides._pop_mode  # noqa: SLF001
+_push: Callable[[Any], None] = torch.overrides._push_mode  # noqa: SLF001
+
+
 class FunctionMode(TorchFunctionMode):
     """Records the calls that the table asks for."""
 
@@ -452,6 +458,33 @@ class FunctionMode(TorchFunctionMode):
         self._collector = collector
         self._table = table
         self._callers = Callers()
+
+    def enter(self) -> None:
+        """Sees the calls of this thread, once.
+
+        It goes below the modes of others: when one of them ends it takes the topmost.
+        That of `torch.set_default_device` alone has to be the lowest.
+        """
+        if self not in _modes():
+            lowest = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)  # noqa: SLF001
+            above = []
+            while _modes() and _modes()[-1] is not lowest:
+                above.append(_pop())
+            for mode in (self, *reversed(above)):
+                _push(mode)
+
+    def leave(self) -> None:
+        """Sees them no more; the modes of others stay on.
+
+        In another thread than that of `enter` nothing is done: the mode stays on in the
+        former and passes everything through while nothing is recorded.
+        """
+        above = []
+        while self in _modes():
+            above.append(_pop())
+        for mode in reversed(above):
+            if mode is not self:
+                _push(mode)
 
     def __torch_function__(
         self,
@@ -478,6 +511,8 @@ class FunctionMode(TorchFunctionMode):
                 return func(*args, **kwargs)
             return call_unrecorded(collector, entry, func, args, kwargs)
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
+        if frame.f_code.co_name == "__torch_function__":
+            frame = _behind_modes(frame)
         if has_operators:
             site = self._operator_site(entry, site, frame, args)
         if site is None:
@@ -541,6 +576,13 @@ class FunctionMode(TorchFunctionMode):
             )
         except KeyError:
             return args, kwargs
+
+
+def _behind_modes(frame: FrameType) -> FrameType:
+    """The frame that made a call which modes of others have passed on."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def call_unrecorded(

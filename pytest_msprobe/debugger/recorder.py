@@ -86,13 +86,13 @@ class Recording:
         """Stops recording functions; modules go on."""
         mode, self._mode = self._mode, None
         if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            mode.leave()
 
     def enter_functions(self) -> None:
         """Records functions again."""
         self._mode = self._recorder.mode
         if self._mode is not None:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+            self._mode.enter()
 
     def __exit__(self, *error: object) -> None:
         """Stops recording."""
@@ -274,6 +274,8 @@ class Recorder:
             self.collector.backward.remove()
         if self._wrapped is not None:
             self._wrapped.remove()
+        if self.mode is not None:
+            self.mode.leave()
         self._wrapped = self.mode = None
         if self._barriers is not None:
             self._barriers.remove()
