@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rest of msProbe's API: save, own functions, single modules, orders of calls."""
 
+import contextlib
 import json
+import os
+import threading
 import types
 import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from toy import InPlace, Model
 
 import pytest_msprobe
@@ -27,6 +31,13 @@ def made(folder, **config):
     path = folder / "config.json"
     path.write_text(json.dumps({"dump_path": str(folder / "dump"), **config}))
     return PrecisionDebugger(config_path=str(path))
+
+
+def in_a_thread(function):
+    """Calls a function in a thread of its own."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
 
 
 def read(folder, step=0, name="dump.json"):
@@ -481,3 +492,196 @@ def test_any_order_of_calls_loses_nothing(tmp_path, order, rows):
         for name in json.loads(path.read_text())["data"]
     ]
     assert len(found) == rows
+
+
+def test_one_start_lasts_over_the_steps_that_are_left_out(tmp_path):
+    """Recording that was never stopped goes on at every step that is wanted."""
+    debugger = made(tmp_path, level="L1", step=[1, 3])
+    debugger.start()
+    for _ in range(5):
+        torch.exp(torch.ones(1))
+        debugger.step()
+
+    folders = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert folders == ["step1", "step3"]
+    assert names(tmp_path, 3) == ["Torch.exp.0.forward"]
+
+
+def test_a_stop_at_a_step_that_is_left_out_counts(tmp_path):
+    """After stop nothing is recorded until the next start, whatever the step."""
+    debugger = made(tmp_path, level="L1", step=[1])
+    debugger.start()
+    debugger.stop()
+    debugger.step()
+    torch.exp(torch.ones(1))
+    debugger.step()
+
+    assert not (tmp_path / "dump").exists()
+
+
+class Passing(TorchFunctionMode):
+    """A mode of the user's own, which counts what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        del types
+        self.count += func is torch.exp
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_the_user_may_begin_and_end_anywhere(tmp_path):
+    """Start and stop need not nest with function modes; each stays on as meant."""
+    debugger = made(tmp_path, level="L1")
+    x, mode = torch.ones(1), Passing()
+    with mode:
+        debugger.start()
+        torch.exp(x)
+    torch.exp(x)
+    with mode:
+        torch.exp(x)
+        assert (1 + x).item() == 2
+        debugger.stop()
+        torch.exp(x)
+    torch.exp(x)
+    debugger.step()
+
+    assert names(tmp_path) == [
+        *(f"Torch.exp.{number}.forward" for number in range(3)),
+        "Tensor.__radd__.0.forward",
+    ]
+    assert mode.count == 3
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_stop_may_be_called_in_another_thread(tmp_path):
+    """It stops the recording; a later start records every call once."""
+    debugger = made(tmp_path, level="L1")
+    x = torch.ones(1)
+    for _ in range(2):
+        debugger.start()
+        torch.exp(x)
+        in_a_thread(debugger.stop)
+        torch.sin(x)
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
+
+
+@contextlib.contextmanager
+def default_device():
+    """The device meta for what is made inside, by another means."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("place", [lambda: torch.device("meta"), default_device])
+def test_a_default_device_may_begin_and_end_anywhere(tmp_path, place):
+    """Torch's own modes for devices are on as long as they were."""
+    debugger = made(tmp_path, level="L1")
+    with place():
+        debugger.start()
+        assert torch.exp(torch.ones(1)).is_meta
+    assert not torch.exp(torch.ones(1)).is_meta
+    with place():
+        assert torch.exp(torch.ones(1)).is_meta
+        debugger.stop()
+        assert torch.exp(torch.ones(1)).is_meta
+    debugger.step()
+
+    assert len(names(tmp_path)) == 3
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# dump_enable -------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The file is looked at whenever it may be."""
+    monkeypatch.setattr("pytest_msprobe.config.watch.ON_INTERVAL", 0.0)
+    monkeypatch.setattr("pytest_msprobe.config.watch.OFF_INTERVAL", 0.0)
+
+
+def rewrite(folder, **config):
+    """Changes the configuration of a debugger of `made`."""
+    path = folder / "config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, **config}))
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_recording_is_switched_between_steps(tmp_path):
+    """Steps while it is off have no files; numbers go on."""
+    debugger = made(tmp_path, level="mix", dump_enable=False)
+    model = Model()
+    for is_on in (False, True, False, True):
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.start(model=model)
+        assert ("forward" in model.embed.__dict__) == is_on
+        model(torch.arange(3))
+        debugger.stop()
+        debugger.step()
+
+    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert steps == ["step1", "step3"]
+    assert len(names(tmp_path, 1)) == len(names(tmp_path, 3)) > 10
+
+
+@pytest.mark.usefixtures("at_once")
+def test_recording_is_switched_within_a_step(tmp_path):
+    """What was recorded before it was off is in the same step's files."""
+    debugger = made(tmp_path, level="L1", dump_enable=True)
+    for is_on, function in ((True, torch.exp), (False, torch.sin), (True, torch.cos)):
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.start()
+        function(torch.ones(1))
+        debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.cos.0.forward"]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_other_keys_hold_from_the_next_step(tmp_path):
+    """A changed level or folder is taken over behind the open step, which is whole."""
+    debugger = made(tmp_path, level="L1", dump_enable=True)
+    model = Model()
+    debugger.start(model=model)
+    torch.exp(torch.ones(1))
+    debugger.stop()
+    rewrite(tmp_path, level="L0")
+    debugger.start(model=model)
+    torch.exp(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+    debugger.start(model=model)
+    model(torch.arange(3))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
+    assert len(names(tmp_path, 1)) == 10
+    assert all(name.startswith("Module.") for name in names(tmp_path, 1))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_start_that_is_never_stopped_is_switched_too(tmp_path):
+    """The file counts at each step, also where start was called once."""
+    debugger = made(tmp_path, level="L0", dump_enable=True)
+    model = Model()
+    debugger.start(model=model)
+    for is_on in (False, False, True, True):
+        model(torch.arange(3))
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.step()
+
+    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert steps == ["step0", "step3"]
