@@ -5,9 +5,12 @@ A wrapper on the instance keeps `nn.Module.__call__` on its fast path and is als
 by classes whose `__call__` goes around it (vLLM's support_torch_compile).
 """
 
+import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -133,9 +136,12 @@ class ModuleWrappers:
         self, root: torch.nn.Module, *, is_counted: bool
     ) -> Callable[..., Any]:
         collector, original = self._collector, root.forward
+        plain = _plain(root)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(plain)
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is not root:
+                return plain(self, *args, **kwargs)
             if is_counted and collector.forward_range is not None:
                 collector.count_forward()
             if not collector.is_recording:
@@ -149,26 +155,29 @@ class ModuleWrappers:
             finally:
                 collector.set_phase("after")
 
-        return forward
+        return MethodType(forward, root)
 
     def _record(self, module: torch.nn.Module, paths: list[str]) -> Callable[..., Any]:
         hook = _ModuleHook(self._collector, module, paths)
         recorded = self._observe(module, hook)
         if self._collector.loader is None:
             return recorded
-        return _with_loaded(hook, recorded, self._collector.loader)
+        return _with_loaded(hook, module, recorded, self._collector.loader)
 
     def _observe(
         self, module: torch.nn.Module, hook: "_ModuleHook"
     ) -> Callable[..., Any]:
         original = module.forward
         if self._collector.backward is not None:
-            return _with_gradients(hook, original, self._collector.backward)
+            return _with_gradients(hook, module, self._collector.backward)
+        plain = _plain(module)
 
         collector = self._collector
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(plain)
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is not module:
+                return plain(self, *args, **kwargs)
             if not collector.is_recording:
                 return original(*args, **kwargs)
             if not collector.is_traced:
@@ -195,16 +204,45 @@ class ModuleWrappers:
             hook.leave(entered, result)
             return result
 
-        return forward
+        return MethodType(forward, module)
+
+
+def _plain(module: torch.nn.Module) -> Callable[..., Any]:
+    """The forward of a module as a function of the module.
+
+    A wrapper is bound to its module as the forward of its class is, so that a copy of
+    the module (`copy.deepcopy`, pickle) has a forward of the copy.
+    """
+    forward = module.forward
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return forward.__func__
+
+    @functools.wraps(forward)
+    def plain(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        del self
+        return forward(*args, **kwargs)
+
+    with contextlib.suppress(TypeError, ValueError):
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(forward)
+        names = [own, *signature.parameters.values()]
+        plain.__signature__ = signature.replace(parameters=names)  # type: ignore[attr-defined]
+    return plain
 
 
 def _with_loaded(
-    hook: "_ModuleHook", recorded: Callable[..., Any], loader: Loader
+    hook: "_ModuleHook",
+    module: torch.nn.Module,
+    recorded: Callable[..., Any],
+    loader: Loader,
 ) -> Callable[..., Any]:
     """The wrapper of a module whose inputs may be replaced."""
+    plain = _plain(module)
 
-    @functools.wraps(recorded)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return plain(self, *args, **kwargs)
         if hook.collector.is_recording:
             try:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
@@ -213,16 +251,19 @@ def _with_loaded(
                 hook.collector.fail(error)
         return recorded(*args, **kwargs)
 
-    return forward
+    return MethodType(forward, module)
 
 
 def _with_gradients(
-    hook: "_ModuleHook", original: Callable[..., Any], backward: Backward
+    hook: "_ModuleHook", module: torch.nn.Module, backward: Backward
 ) -> Callable[..., Any]:
     """The wrapper of a module whose gradients are recorded too."""
+    original, plain = module.forward, _plain(module)
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return plain(self, *args, **kwargs)
         if not hook.collector.is_recording:
             return original(*args, **kwargs)
         entered = hook.enter(args, kwargs)
@@ -238,7 +279,7 @@ def _with_gradients(
             hook.watch(passed, result)
         return result
 
-    return forward
+    return MethodType(forward, module)
 
 
 class _ModuleHook:

@@ -2,6 +2,9 @@
 """The rest of msProbe's API: save, own functions, single modules, orders of calls."""
 
 import contextlib
+import copy
+import inspect
+import io
 import json
 import os
 import threading
@@ -685,3 +688,55 @@ def test_a_start_that_is_never_stopped_is_switched_too(tmp_path):
 
     steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert steps == ["step0", "step3"]
+
+
+# Copies of a model -------------------------------------------------------------
+
+
+def patched():
+    """A layer whose forward was replaced on the instance, as other tools do."""
+    layer = torch.nn.Linear(2, 2)
+    inner = layer.forward
+    layer.forward = lambda x, *, bias=1: inner(x) + bias
+    return layer
+
+
+@pytest.mark.parametrize("data_mode", ["all", "forward"])
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_copies_compute_with_their_own_weights(tmp_path, data_mode, is_stopped):
+    """A copy of a recorded model is no part of it: it runs alone, without a record."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    section = {"data_mode": [data_mode]}
+    debugger = made(tmp_path, level="mix", statistics=section)
+    debugger.start(model=model)
+    if is_stopped:
+        debugger.stop()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        with torch.no_grad():
+            copied[0].weight.zero_()
+            copied[0].bias.fill_(3.0)
+        assert copied(torch.ones(1, 2)).tolist() == [[3.0, 3.0]]
+    debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+
+    assert copied(torch.ones(1, 2)).tolist() == [[3.0, 3.0]]
+    assert not any(name.startswith("Module") for name in names(tmp_path))
+
+
+def test_signatures_of_modules_stay(tmp_path):
+    """Whoever asks for the parameters of a forward gets those of the module."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), patched())
+    before = [inspect.signature(module.forward) for module in model.modules()]
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=model)
+
+    after = [inspect.signature(module.forward) for module in model.modules()]
+    assert after == before
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    debugger.stop()
+    debugger.step()
+    assert len(names(tmp_path)) == 2

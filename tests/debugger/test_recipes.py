@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.functions import Action, Entry, FunctionPoint
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.raw import CallSite
 from pytest_msprobe.dump.writer import format_tree
@@ -82,13 +83,14 @@ def record(calls, level):
     collector = Collector(DebuggerConfig(level=level))
     collector.add_constants([WEIGHT])
     site = CallSite("a.", "", is_module=False)
+    point = FunctionPoint(site, Entry(Action.RECORD, site))
     texts = []
     for number, (args, kwargs) in enumerate(calls):
         collector.begin_step(number)
         collector.resume()
-        call = collector.begin_call(site)
-        collector.log_inputs(call, args, kwargs)
-        collector.log_outputs(call, args)
+        assert collector.is_traced
+        collector.note_start(point, args, kwargs)
+        collector.note_end(point, args)
         (done,) = materialize(collector.end_step()).calls
         collector.raise_error()
         tree = [done.input_args, done.input_kwargs, done.output]
