@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import DRIFT, find_divergence, growth_of_rows
 from pytest_msprobe.compare.errors import Elements, Errors
+from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
@@ -189,6 +190,7 @@ class _Judge:
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
         self._names: Sequence[str] = []
+        self._rerouted = ""
 
     def compare(
         self,
@@ -219,6 +221,7 @@ class _Judge:
         verdict.unjudged = int(masks.unjudged.sum())
         verdict.failed = int(failed.sum())
         self._note_missing(pairs, limits)
+        self._note_untold_choices(pairs)
         self._note_what_is_judged(pairs.golden)
         self._settle(pairs, errors, masks)
         self._list_worst(pairs, errors, masks.judged)
@@ -286,6 +289,7 @@ class _Judge:
         unjudged |= self._is_flipped_token(rows, new)
         counts = ~limits.is_ignored[: len(new)] & ~unjudged
         counts &= ~is_whole | _is_in(steps, schedule.equal_steps)
+        counts &= ~self._is_rerouted(pairs)
         if self._mode == "same":
             return _Masks(counts, counts, unjudged)
         is_module, is_output = rows.is_of_module(new), rows.is_output[new]
@@ -293,6 +297,17 @@ class _Judge:
         judged = counts & is_module & is_output
         evidence = judged | (counts & is_module & ~is_output & is_float)
         return _Masks(judged, evidence, unjudged)
+
+    def _is_rerouted(self, pairs: Pairs) -> _Bools:
+        """Rows behind a router that chose other experts where rounding may do so."""
+        rows, new = pairs.candidate, pairs.new
+        is_loose = np.ones(len(new), dtype=np.bool_)
+        if self._mode == "same":
+            is_loose = rows.in_segments(new, self._schedule.is_moved)
+        found = find_reroutes(pairs, is_loose, self._candidate.steps)
+        self._rerouted = found.first
+        self._verdict.rerouted = int(found.is_behind.sum())
+        return found.is_behind
 
     def _is_flipped_token(self, rows: Rows, chosen: _I64) -> _Bools:
         """Integers of the sample that another token came from: the token itself.
@@ -309,6 +324,7 @@ class _Judge:
         first = len(pairs.new)
         needed = ~limits.is_ignored[first : first + len(missing)]
         needed &= ~rows.in_segments(missing, self._schedule.is_behind)
+        needed &= ~is_of_choice(rows, missing)  # they only say what can be judged
         needed &= ~rows.in_segments(missing, _is_whole) | _is_in(
             rows.steps[rows.call[missing]], self._schedule.needed_steps
         )
@@ -322,6 +338,15 @@ class _Judge:
                 pairs.golden, pairs.candidate, has_apis=self._mode == "same"
             )
             verdict.structure = changes[:WORST]
+
+    def _note_untold_choices(self, pairs: Pairs) -> None:
+        told = tells_choices(pairs.golden), tells_choices(pairs.candidate)
+        if self._mode == "cross" and told[0] != told[1]:
+            side = "this capture" if told[0] else "the golden"
+            self._verdict.notes.append(
+                f"{side} does not tell which experts routers chose: rows behind them "
+                "are judged as if the choices were the same; record it again"
+            )
 
     def _note_what_is_judged(self, golden: Rows) -> None:
         """Reasons for which nothing of the rows or the tokens could be judged."""
@@ -373,7 +398,12 @@ class _Judge:
                 masks.judged,
                 (self._golden.header.weights, self._candidate.header.weights),
             )
-        elif verdict.equal < verdict.judged or tokens.flipped or largest > 0:
+        elif (
+            verdict.equal < verdict.judged
+            or verdict.rerouted
+            or tokens.flipped
+            or largest > 0
+        ):
             verdict.status = "changed"
         self._note()
 
@@ -421,6 +451,12 @@ class _Judge:
             notes.append(
                 f"{verdict.noisy} rows have their limits from the noise that the "
                 f"golden was calibrated with (x{NOISE_MULTIPLE:g})"
+            )
+        if self._rerouted:
+            notes.append(
+                f"routers chose other experts from {self._rerouted} on: "
+                f"{verdict.rerouted} rows that depend on it are not judged, tokens "
+                "and logprobs are"
             )
         if verdict.tokens.flipped is not None:
             notes.append(

@@ -17,6 +17,7 @@ import torch
 
 from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.engine.experts import add_choices, remove_choices
 from pytest_msprobe.engine.kv_cache import add_readers, remove_readers
 from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.engine.requests import RequestTable, is_real_step
@@ -61,13 +62,15 @@ class Attachment(ABC):
         self._is_open = False
         self._replaced: list[tuple[Any, str, object]] = []
         self._cached: list[torch.nn.Module] = []
+        self._routed: list[torch.nn.Module] = []
 
-    def install(self, *, has_execute: bool = True) -> None:
+    def install(self, *, has_execute: bool = True, has_choices: bool = False) -> None:
         """Puts the hooks on.
 
         Args:
             has_execute: Whether execute_model is replaced too; else the caller runs
                 it through `around_execute`.
+            has_choices: Whether the experts that routers choose are rows.
 
         Raises:
             EngineError: The runner lacks a method that every known vLLM has, or what
@@ -87,6 +90,9 @@ class Attachment(ABC):
         if self.recorder.config.kv_cache:
             collector = self.recorder.collector
             self._cached = add_readers(model, collector, self.replace)
+        if has_choices:
+            collector = self.recorder.collector
+            self._routed = add_choices(model, collector, self.replace)
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
         if has_execute:
@@ -118,6 +124,7 @@ class Attachment(ABC):
                 owner.__dict__[name] = original
         self._replaced.clear()
         remove_readers(self._cached)
+        remove_choices(self._routed)
 
     def replace(
         self, owner: Any, name: str, hook: Callable[..., Callable[..., Any]]

@@ -121,7 +121,7 @@ class WorkerControl:
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
         try:
-            attachment.install()
+            attachment.install(has_choices=debugger_config.has_modules)
         except BaseException:
             attachment.remove()
             recorder.abandon()

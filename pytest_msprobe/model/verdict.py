@@ -205,6 +205,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         would_pass: Entry of `tolerances: rules:` with which it would pass, empty where
             no tolerance could let it.
         noisy: Rows whose limit is raised by the golden's noise.
+        rerouted: Rows not judged because a router of a mixture chose other experts.
     """
 
     test: str
@@ -236,6 +237,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     noisy: int = 0
     inherited: int = 0
     structure: list[StructureChange] = []
+    rerouted: int = 0
 
     @property
     def is_green(self) -> bool:

@@ -150,6 +150,8 @@ def _counts(verdict: Verdict) -> str:
         text += f", {verdict.extra} new"
     if verdict.unjudged:
         text += f", {verdict.unjudged} behind a flipped token"
+    if verdict.rerouted:
+        text += f", {verdict.rerouted} behind other experts"
     for reason, count in sorted(verdict.left_out.items()):
         text += f", {count} {reason}"
     return text

@@ -113,6 +113,7 @@ def test_mixture_of_experts(demo_model, tmp_path):
 
         with tools.wrapped_forward(gate, shifted):
             faulty = tools.capture(llm, tmp_path, level="mix")
+        golden, rerouted = capture_rerouted(llm, tmp_path)
 
     verdict = tools.verdict_of(first, second)
     assert verdict.status == "pass"
@@ -124,6 +125,39 @@ def test_mixture_of_experts(demo_model, tmp_path):
     verdict = tools.verdict_of(first, faulty)
     assert verdict.status == "fail"
     assert verdict.divergence.module.startswith("model.layers.1.mlp")
+
+    # With the same key another choice fails. Across keys it is no fault, and what
+    # depends on it is not judged.
+    choice = "model.layers.2.mlp.experts.choice"
+    tools.assert_changed(golden, rerouted, choice)
+    verdict = tools.verdict_of(golden, rerouted)
+    assert (verdict.status, verdict.divergence.module) == ("fail", choice)
+    crossed = tools.verdict_of(golden, rerouted, mode="cross")
+    assert (crossed.failed, crossed.missing) == (0, 0)
+    assert crossed.equal == crossed.judged > 50
+    assert crossed.rerouted > 20
+    assert any("other experts from model.layers.2.mlp" in n for n in crossed.notes)
+
+
+def capture_rerouted(llm, folder):
+    """A capture, and one in which a router of layer 2 chooses other experts."""
+    golden = tools.capture(llm, folder)
+    owner = next(
+        module
+        for path, module in tools.model_of(llm).named_modules()
+        if path.startswith("model.layers.2.") and hasattr(module, "router")
+    )
+    original = owner.router._compute_routing
+
+    def other(*args, **kwargs):
+        weights, ids = original(*args, **kwargs)
+        return weights, ((ids + 1) % 4).to(ids.dtype)
+
+    with tools.changed_attribute(owner.router, "_compute_routing", other):
+        rerouted = tools.capture(llm, folder)
+    assert "choice" not in dict(owner.named_children())
+    assert owner.router._compute_routing.__func__ is original.__func__
+    return golden, rerouted
 
 
 def write_adapter(maker, folder):
