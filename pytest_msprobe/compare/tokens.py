@@ -87,6 +87,8 @@ def logprob_difference(
     best = {i: float(value) for i, value in candidate.top[index]}
     if token in best:
         return _difference(old, best[token]), False
+    if math.isnan(old) or any(map(math.isnan, best.values())):
+        return math.inf, False
     least = min(best.values(), default=-math.inf)
     return max(0.0, old - least), True
 

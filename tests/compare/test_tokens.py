@@ -176,3 +176,17 @@ def test_the_worst_difference_is_that_against_its_limit():
     assert found.at == (0, 0)
     assert found.largest == pytest.approx(0.02)
     assert found.allowed == 0.01
+
+
+@pytest.mark.parametrize("is_golden", [True, False])
+def test_log_probabilities_that_are_no_numbers_are_never_equal_to_numbers(is_golden):
+    """Logits of NaN sample any token and have any best ones: the difference is inf."""
+    clean = request((5,), (-0.1,))
+    broken = request((0,), (math.nan,))
+    broken.top = [[(token, math.nan) for token in range(3)]]
+    sides = (broken, clean) if is_golden else (clean, broken)
+
+    found = compare_tokens(*([side] for side in sides), 0.01)
+
+    assert found.largest == "inf"
+    assert found.flipped == (0, 0)
