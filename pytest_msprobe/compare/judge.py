@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.divergence import DRIFT, find_divergence, growth_of_rows
+from pytest_msprobe.compare.divergence import (
+    DRIFT,
+    changed_weights,
+    find_divergence,
+    growth_of_rows,
+)
 from pytest_msprobe.compare.errors import Elements, Errors
 from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
@@ -399,13 +404,30 @@ class _Judge:
                 (self._golden.header.weights, self._candidate.header.weights),
             )
         elif (
-            verdict.equal < verdict.judged
+            self._note_weights()
+            or verdict.equal < verdict.judged
             or verdict.rerouted
             or tokens.flipped
             or largest > 0
         ):
             verdict.status = "changed"
         self._note()
+
+    def _note_weights(self) -> bool:
+        """Says that weights differ where nothing fails for it."""
+        sides = self._golden.header.weights, self._candidate.header.weights
+        names = sorted(n for found in changed_weights(*sides).values() for n in found)
+        if names:
+            count = (
+                "1 weight differs"
+                if len(names) == 1
+                else (f"{len(names)} weights differ")
+            )
+            self._verdict.notes.append(
+                f"{count} from the golden's, the first is {names[0]}; no row is "
+                "outside its limits"
+            )
+        return bool(names)
 
     def _list_worst(self, pairs: Pairs, errors: Errors, judged: _Bools) -> None:
         """Failing rows, without those that only hand on what came before them.

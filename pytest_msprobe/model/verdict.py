@@ -80,6 +80,7 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
         call: Name of the call; empty for the model itself.
         module: Path of the module, or of the module around an API.
         between: Child whose input already differed, if the call's own code is guilty.
+        handed_to: Call that was given its output, if its own rows are not judged.
         finding: The row that shows it.
         parameter: The first parameter that differs, for weights.
         input_error: Largest relative L2 error of the call's inputs; infinity as text.
@@ -94,6 +95,7 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     parameter: str = ""
     input_error: float | str = 0.0
     output_error: float | str = 0.0
+    handed_to: str = ""
 
 
 class StructureChange(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
