@@ -25,6 +25,7 @@ from pytest_msprobe.compare.signature import (
 from pytest_msprobe.compare.structure import structure_changes
 from pytest_msprobe.compare.tokens import (
     compare_tokens,
+    own_flips,
     positions_behind_flips,
     unrecorded_tokens,
 )
@@ -37,13 +38,19 @@ from pytest_msprobe.compare.tolerance import (
     rule_text,
     unmatched_rules,
 )
-from pytest_msprobe.dump.capture import CaptureFile, TensorLine, without_collector
+from pytest_msprobe.dump.capture import (
+    FORCED,
+    CaptureFile,
+    TensorLine,
+    without_collector,
+)
 from pytest_msprobe.model.limits import (
     NOISE_MULTIPLE,
     ROW_METRICS,
     KeyMode,
     Rule,
 )
+from pytest_msprobe.model.segments import segment_name
 from pytest_msprobe.model.verdict import (
     AppliedRule,
     TokenDifference,
@@ -319,10 +326,22 @@ class _Judge:
 
         Tokens and log-probabilities judge it.
         """
-        if not self._schedule.flips:
+        own = self._own_segments()
+        if not self._schedule.flips and not own:
             return np.zeros(len(chosen), dtype=np.bool_)
-        is_flip = rows.in_segments(chosen, self._schedule.is_flip)
+        is_flip = rows.in_segments(
+            chosen, lambda text: text in own or self._schedule.is_flip(text)
+        )
         return is_flip & rows.with_property(chosen, _is_sampled_integer)
+
+    def _own_segments(self) -> set[str]:
+        """Segments from which another token would have been sampled than was fed."""
+        prompts = {r.label: r.prompt_tokens for r in self._golden.header.requests}
+        return {
+            segment_name(label, prompts[label] - 1 + number, prompts[label])
+            for label, numbers in own_flips(*self._requests).items()
+            for number in numbers
+        }
 
     def _note_missing(self, pairs: Pairs, limits: ResolvedLimits) -> None:
         verdict, rows, missing = self._verdict, pairs.golden, pairs.missing
@@ -480,7 +499,9 @@ class _Judge:
                 f"{verdict.rerouted} rows that depend on it are not judged, tokens "
                 "and logprobs are"
             )
-        if verdict.tokens.flipped is not None:
+        if self._candidate.header.provenance.get(FORCED):
+            notes.append("the golden's tokens were fed back: all of decode is judged")
+        elif verdict.tokens.flipped is not None:
             notes.append(
                 "decode is judged up to the first other token; "
                 f"{verdict.unjudged} rows behind it are not judged"

@@ -222,7 +222,7 @@ class Attachment(ABC):
             return
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-                self.tokens.note_sampled(ids)
+                self.tokens.note_sampled(ids, self.requests)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
 

@@ -76,6 +76,7 @@ class WorkerControl:
             "pid": os.getpid(),
             "runner": type(runner).__name__,
             "runner_version": runner_version(runner),
+            "key": numerics_key(torch.device(runner.device).type),
             "capturing": attachment is not None,
             "steps": attachment.recorded_steps if attachment else 0,
         }
@@ -86,6 +87,7 @@ class WorkerControl:
         folder: str,
         decode_steps: int = ALL_STEPS,
         client: int | None = None,
+        follow: list[tuple[str, list[int]]] | None = None,
     ) -> dict[str, Any]:
         """Starts a capture.
 
@@ -95,6 +97,8 @@ class WorkerControl:
             decode_steps: Decode steps behind the prefill to record.
             client: Number of the test's process. Where that is another one, each
                 step is written at once, so that it outlives this process.
+            follow: Prompt hash and tokens of each request of another capture, by
+                label, which are fed back in place of what is sampled.
         """
         if self._attachment is not None:
             message = "a capture is already running on this engine"
@@ -120,6 +124,7 @@ class WorkerControl:
         attachment = attachment_for(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
+        attachment.tokens.followed = list(follow or ())
         try:
             attachment.install(has_choices=debugger_config.has_modules)
         except BaseException:
@@ -175,6 +180,8 @@ class WorkerControl:
         )
         made_by = provenance(runner, device)
         made_by["statistics"] = sorted(recorder.backend_reasons().values())
+        if attachment.tokens.followed:
+            made_by[capture.FORCED] = True
         parallel = runner.vllm_config.parallel_config
         if self._weights is None:  # of the checkpoint, which does not change
             self._weights = weight_fingerprints(runner) if rank == 0 else {}

@@ -424,6 +424,33 @@ def test_rows_behind_a_flipped_token_are_not_judged():
     assert "first other token" in verdict.notes[0]
 
 
+def test_forced_tokens_let_all_of_decode_be_judged():
+    """Fed the golden's tokens, rows behind its own other token are judged."""
+    x = np.ones((2, 4))
+    ids = np.array([[6], [6]])
+
+    def make(value, own, **header):
+        outputs = [("0.prompt", x), ("0.g1", x), ("0.g2", x * value)]
+        chosen = [("0.g1", ids + bool(own), "s")]
+        made = tied((5, 6, 7), (50, 9, 70))
+        made.own = own
+        calls = [
+            (module("m"), 0, {}, {"output.0": outputs}),
+            ("Torch.argmax.0.forward", 0, {}, {"output.0": chosen}),
+        ]
+        return capture(calls, requests=[made], **header)
+
+    told = {"provenance": {"teacher_forcing": True}}
+    green = verdict_of(make(1, []), make(1, [5, 9, 7], **told))
+    red = verdict_of(make(1, []), make(3, [5, 9, 7], **told))
+
+    assert green.status == "changed"
+    assert (green.unjudged, green.tokens.flipped) == (1, (0, 1))
+    assert (red.status, red.failed, red.unjudged) == ("fail", 1, 1)
+    assert red.worst[0].row.segment == "0.g2"
+    assert red.notes[0].startswith("the golden's tokens were fed back")
+
+
 def tied(tokens, other):
     """A request in which every token is a near tie with another one."""
     made = request(tokens, (-0.7,) * len(tokens))
