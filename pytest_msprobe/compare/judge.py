@@ -115,7 +115,8 @@ def judge(
         rank=candidate.header.rank,
         rules=[AppliedRule.of(rule) for rule in rules],
     )
-    verdict.changes = differences(golden.header.provenance, candidate.header.provenance)
+    sides = golden.header.provenance, candidate.header.provenance
+    verdict.changes = [line for line in differences(*sides) if line[0] != FORCED]
     verdict.reasons = incomparable_reasons(golden.header, candidate.header)
     verdict.reasons += prefix_reasons(golden, candidate)
     if verdict.reasons:
