@@ -2,6 +2,7 @@
 """`pytest-msprobe doctor --env`."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -40,6 +41,29 @@ def test_a_healthy_environment():
         assert facts[name].strip(), name
     assert facts["model runner"].strip().startswith(("V1: ", "V2: "))
     assert text.rstrip().endswith("captures can be made here")
+
+
+def test_the_report_is_quick():
+    """It takes less than ten seconds of a processor, and no compiler is imported."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    program = """
+import sys
+from pytest_msprobe.engine.doctor import main
+main()
+print("torch._inductor" in sys.modules, "vllm.v1.engine" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
 
 
 def test_what_will_not_run_is_named():
