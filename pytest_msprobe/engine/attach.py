@@ -41,6 +41,7 @@ class Attachment(ABC):
         recorded_steps: Steps recorded so far.
         next_step: Number of the step that comes next.
         on_step: Called when a recorded step has ended.
+        has_end: Whether recording ends with the requests that it began with.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Attachment(ABC):
         self._decode_steps = decode_steps
         self.next_step = first_step
         self.on_step: Callable[[], None] | None = None
+        self.has_end = False
         self._is_open = False
         self._replaced: list[tuple[Any, str, object]] = []
         self._cached: list[torch.nn.Module] = []
@@ -246,6 +248,8 @@ class Attachment(ABC):
             behind = self.requests.decode_steps_behind()
             if self._decode_steps != ALL_STEPS and behind > self._decode_steps:
                 return False
+            if self.has_end and self.recorder.estimate is None:
+                self.recorder.expected_steps = self._expected_steps()
             self.recorder.begin_step(
                 number,
                 layout_source=self._layout,
@@ -257,6 +261,14 @@ class Attachment(ABC):
             return False
         self._is_open = True
         return True
+
+    def _expected_steps(self) -> int:
+        """Steps that the requests seen so far will need, 0 where that is unknown."""
+        steps = self.requests.longest_answer()
+        if self._decode_steps != ALL_STEPS:
+            steps = min(steps, 1 + self._decode_steps)
+        wanted = self.recorder.config.step
+        return min(steps, len(wanted)) if wanted else steps
 
     def _close(self) -> None:
         if not self._is_open:

@@ -125,6 +125,7 @@ class WorkerControl:
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
         attachment.tokens.followed = list(follow or ())
+        attachment.has_end = True
         try:
             attachment.install(has_choices=debugger_config.has_modules)
         except BaseException:

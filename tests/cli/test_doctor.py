@@ -3,14 +3,21 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from pytest_msprobe.compat import has_module
 from pytest_msprobe.engine.doctor import runner_choice
-from pytest_msprobe.engine.preflight import environment_problems, is_eager
+from pytest_msprobe.engine.preflight import (
+    check_folder,
+    environment_problems,
+    is_eager,
+)
+from pytest_msprobe.errors import CaptureError
 
 pytestmark = pytest.mark.skipif(not has_module("vllm"), reason="vLLM is not installed")
 
@@ -108,6 +115,14 @@ def test_problems_of_the_cpu(monkeypatch):
     slugs = [p.slug for p in environment_problems(device="cpu", has_triton=False)]
     assert slugs == ["batch-invariant", "no-triton"]
     assert environment_problems(device="cuda", has_triton=True) == []
+
+
+def test_a_disk_that_is_nearly_full_is_found_before_a_capture(tmp_path, monkeypatch):
+    """With little free space a capture is refused with the folder and the number."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+
+    with pytest.raises(CaptureError, match=r"dump: 4096 bytes free, at least \d+ are"):
+        check_folder(tmp_path / "dump")
 
 
 class Config:

@@ -208,6 +208,93 @@ def test_lora(demo_model, tmp_path):
     assert verdict.divergence.module.startswith("model.layers.0.mlp.down_proj")
 
 
+def write_llava(maker, folder):
+    """A tiny LLaVA without weights: CLIP's layers in front of Llama's."""
+    files = maker.tokenizer_files()
+    image = dict(files["tokenizer.json"]["added_tokens"][0])
+    image |= {"id": maker.VOCABULARY, "content": "<image>"}
+    files["tokenizer.json"]["added_tokens"].append(image)
+    files["tokenizer_config.json"]["extra_special_tokens"] = {"image_token": "<image>"}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": maker.VOCABULARY + 64,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 64,
+    }
+    files["config.json"] = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image["id"],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "text_config": {**text, **sizes},
+        "vision_config": {**vision, **sizes},
+    }
+    files["preprocessor_config.json"] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+    }
+    files["processor_config.json"] = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_requests_with_images_are_refused(demo_model, tmp_path):
+    """An image ends the capture with one line; texts to the same model are captured."""
+    from PIL import Image
+    from vllm import SamplingParams
+
+    folder = write_llava(tools.example("tiny_qwen2"), tmp_path / "llava")
+    parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    prompt = {
+        "prompt": "what is <image> there",
+        "multi_modal_data": {"image": Image.new("RGB", (40, 30), (200, 10, 10))},
+    }
+    with engines.started(folder, load_format="dummy") as llm:
+        # The second time vLLM takes the encoder's output of the first.
+        for number in range(2):
+            start = {"action": "start", "config": {"level": "L0"}}
+            start["folder"] = str(tmp_path / str(number))
+            llm.collective_rpc("msprobe_control", args=(json.dumps(start),))
+            (answer,) = llm.generate([prompt], parameters, use_tqdm=False)
+            reply = tools.control(llm, "stop")
+            assert len(answer.outputs[0].token_ids) == 3
+            assert not reply["ok"]
+            assert "a request has encoder inputs (images, audio)" in reply["error"]
+            assert "leave them out" in reply["error"]
+            assert not list((tmp_path / str(number)).rglob("dump.json"))
+        texts = [tools.capture(llm, tmp_path) for _ in range(2)]
+
+    verdict = tools.verdict_of(*texts)
+    assert (verdict.status, verdict.missing) == ("pass", 0)
+    assert verdict.equal == verdict.judged > 100
+
+
 def test_speculative_decoding_is_refused(demo_model, tmp_path):
     """An engine that speculates is refused, saying why and what to change."""
     with engines.started(
@@ -279,6 +366,39 @@ def test_nan_and_infinity_survive_every_file(engine, tmp_path):
     assert verdict.status == "fail"
     assert verdict.divergence.module == "model.layers.2.mlp"
     assert any(finding.metric == "nonfinite" for finding in verdict.worst)
+
+
+def test_what_a_capture_will_take_is_estimated(engine, tmp_path, caplog):
+    """Behind the first step it is said what all steps take; a warning if too much."""
+    caplog.set_level("INFO", "pytest_msprobe")
+    tools.capture(engine, tmp_path, tokens=8, decode_steps=2)
+    tools.capture(engine, tmp_path, tokens=8, decode_steps=7)
+
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "INFO"]
+    taken = []
+    for text, steps in zip(caplog.messages, (3, 8), strict=True):
+        rows, size, count, all_rows, all_size = map(
+            int,
+            re.search(
+                r"(\d+) rows and (\d+) bytes in the first step; .* (\d+) are expected: "
+                r"about (\d+) rows and (\d+) bytes$",
+                text,
+            ).groups(),
+        )
+        assert (count, all_rows, all_size) == (steps, steps * rows, steps * size)
+        taken.append(size)
+    caplog.clear()
+    room = {"max_bytes": 3 * taken[0]}
+    tools.capture(engine, tmp_path, tokens=3, **room)
+    start = {"level": "L0", **room}
+    tools.control(engine, "start", config=start, folder=str(tmp_path), decode_steps=-1)
+    tools.generate(engine, [tools.PROMPT], 60)
+    assert not tools.control(engine, "stop")["ok"]
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING"]
+    assert "60 are expected" in caplog.messages[1]
+    assert caplog.messages[1].endswith("record less (step, list, level) or make room")
 
 
 def test_a_limit_of_bytes_ends_a_capture(engine, tmp_path):
