@@ -208,56 +208,49 @@ def test_lora(demo_model, tmp_path):
     assert verdict.divergence.module.startswith("model.layers.0.mlp.down_proj")
 
 
-def write_llava(maker, folder):
-    """A tiny LLaVA without weights: CLIP's layers in front of Llama's."""
+def write_paligemma(maker, folder):
+    """A tiny PaliGemma without weights: SigLIP's layers in front of Gemma's."""
     files = maker.tokenizer_files()
     image = dict(files["tokenizer.json"]["added_tokens"][0])
     image |= {"id": maker.VOCABULARY, "content": "<image>"}
     files["tokenizer.json"]["added_tokens"].append(image)
     files["tokenizer_config.json"]["extra_special_tokens"] = {"image_token": "<image>"}
     sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_image_tokens": 4,
     }
     text = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": maker.VOCABULARY + 64,
+        "model_type": "gemma",
+        "vocab_size": 2048,  # the processor adds tokens for places
+        "num_key_value_heads": 1,
+        "head_dim": 32,
         "max_position_embeddings": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
     }
     vision = {
-        "model_type": "clip_vision_model",
+        "model_type": "siglip_vision_model",
         "image_size": 28,
         "patch_size": 14,
-        "projection_dim": 64,
+        "projection_dim": 128,
+        "vision_use_head": False,
     }
     files["config.json"] = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
         "image_token_index": image["id"],
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
+        "projection_dim": 128,
+        "hidden_size": 128,
         "text_config": {**text, **sizes},
         "vision_config": {**vision, **sizes},
     }
     files["preprocessor_config.json"] = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": 28},
-        "crop_size": {"height": 28, "width": 28},
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 28, "width": 28},
+        "image_seq_length": 4,
     }
-    files["processor_config.json"] = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": 14,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-    }
+    files["processor_config.json"] = {"processor_class": "PaliGemmaProcessor"}
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -269,10 +262,10 @@ def test_requests_with_images_are_refused(demo_model, tmp_path):
     from PIL import Image
     from vllm import SamplingParams
 
-    folder = write_llava(tools.example("tiny_qwen2"), tmp_path / "llava")
+    folder = write_paligemma(tools.example("tiny_qwen2"), tmp_path / "model")
     parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     prompt = {
-        "prompt": "what is <image> there",
+        "prompt": "what is there",
         "multi_modal_data": {"image": Image.new("RGB", (40, 30), (200, 10, 10))},
     }
     with engines.started(folder, load_format="dummy") as llm:
