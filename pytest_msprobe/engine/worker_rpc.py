@@ -24,6 +24,7 @@ from pytest_msprobe.dump import capture
 from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
 from pytest_msprobe.engine.faults import PROGRESS
+from pytest_msprobe.engine.plants import Planter
 from pytest_msprobe.engine.runners import attachment_for, runner_version
 from pytest_msprobe.engine.weights import weight_fingerprints
 from pytest_msprobe.errors import CaptureError, MsprobeError
@@ -42,13 +43,17 @@ class WorkerControl:
         self._attachment: Attachment | None = None
         self._folder: Path | None = None
         self._weights: dict[str, dict[str, str]] | None = None
+        self._planter = Planter(
+            lambda: self._worker.model_runner.get_model(),  # noqa: PLW0108 - loaded later
+            lambda: self._attachment is None,
+        )
 
     def control(self, payload: str) -> dict[str, Any]:
         """Carries out one action; the reply always has the key `ok`.
 
         Args:
-            payload: JSON with `action` (start, stop, abandon, status) and its
-                arguments.
+            payload: JSON with `action` (start, stop, abandon, status; of the doctor
+                survey, plant, unplant) and its arguments.
         """
         try:
             request = json.loads(payload)
@@ -57,6 +62,9 @@ class WorkerControl:
                 "stop": self._stop,
                 "abandon": self._abandon,
                 "status": self._status,
+                "survey": self._planter.survey,
+                "plant": self._planter.plant,
+                "unplant": self._planter.unplant,
             }
             action = actions[request.pop("action")]
             return {"ok": True, **action(**request)}
