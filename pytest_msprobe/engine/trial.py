@@ -108,9 +108,10 @@ class Trial:
         config: What is recorded.
         rules: Tolerances beyond the defaults.
         folder: Where captures are written; each is removed once it has been read.
-        prompts: Token ids; each is generated from by itself.
+        prompts: Token ids; each is generated from by itself, unless they are a batch.
         tokens: How many are generated.
         decode_steps: Decode steps that are recorded.
+        is_batch: Whether all prompts are handed over at once.
     """
 
     llm: Any
@@ -120,29 +121,34 @@ class Trial:
     prompts: Sequence[Sequence[int]]
     tokens: int = TOKENS
     decode_steps: int = TOKENS - 1
+    is_batch: bool = False
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def generate(self) -> None:
-        """Generates from all prompts, one after the other."""
+        """Generates from all prompts."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
             max_tokens=self.tokens, temperature=0, ignore_eos=True
         )
-        for prompt in self.prompts:
-            ids = {"prompt_token_ids": list(prompt)}
-            self.llm.generate([ids], parameters, use_tqdm=False)
+        given = [{"prompt_token_ids": list(prompt)} for prompt in self.prompts]
+        for batch in [given] if self.is_batch else [[one] for one in given]:
+            self.llm.generate(batch, parameters, use_tqdm=False)
 
-    def capture(self) -> list[CaptureFile]:
-        """Records a generation; one capture a rank."""
-        place = self.folder / f"capture{next(self._numbers)}"
-        start = start_capture(self.config, place, decode_steps=self.decode_steps)
+    def record(self, folder: Path) -> list[Path]:
+        """Records a generation into a folder; one capture file a rank."""
+        start = start_capture(self.config, folder, decode_steps=self.decode_steps)
         converse(self.llm, start)
         try:
             self.generate()
         finally:
             replies = converse(self.llm, stop_capture("doctor"))
-        captures = [read_capture(Path(reply["file"])) for reply in replies]
+        return [Path(reply["file"]) for reply in replies]
+
+    def capture(self) -> list[CaptureFile]:
+        """Records a generation; one capture a rank, of which no file is kept."""
+        place = self.folder / f"capture{next(self._numbers)}"
+        captures = [read_capture(path) for path in self.record(place)]
         shutil.rmtree(place, ignore_errors=True)
         return captures
 
@@ -164,7 +170,7 @@ class Trial:
             CaptureError: It cannot be planted there.
             EngineError: Planting went wrong, or no call reached the place.
         """
-        moved = self._measure(place, size)
+        moved = self.measure(place, size)
         plant = ask_workers("plant", place=asdict(place), size=size)
         converse(self.llm, plant)
         try:
@@ -172,7 +178,7 @@ class Trial:
         finally:
             converse(self.llm, ask_workers("unplant"))
 
-    def _measure(self, place: Place, size: float) -> float:
+    def measure(self, place: Place, size: float) -> float:
         """What a fault changes, without a capture: calls are made twice."""
         plant = ask_workers("plant", place=asdict(place), size=size)
         converse(self.llm, plant)
