@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gate catches, what it names, and whether it ever cries wolf.
 
-    python benchmarks/verdicts.py [--parts PART/FAMILY ...] [--save FILE] [--table]
+    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...] [--table]
 
 Four families of models with seeded random weights (families.py). `faults` plants every
 kind of fault at places from a seeded generator and judges against a clean capture, at
 L0, L1 and mix; `cross` does so against a golden of another numerics key; `benign`
 changes something harmless and judges. Engines run in processes of their own, one at a
-time. Each part is saved as soon as it is done, so that parts can be run one by one.
+time; each part is saved when it is done, so that parts can be run one by one.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ PARTS = ("faults", "cross", "benign")
 LEVELS = ("L0", "L1", "mix")
 PLACES = 3
 SEED = 20261126
-SETS = 10
+SETS = 8
 # Sizes of the faults; those of a kind that are not named are its usual one.
 SAME_SIZES = {"weight_row": (0.01, 0.25)}
 # Larger ones: limits across keys are 40 to 50 times those for the same key.
@@ -88,8 +89,8 @@ BENIGN = {
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [f"{part}/{family}" for part in PARTS for family in FAMILIES]
-    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--save", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print what is saved")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -114,18 +115,19 @@ def run_child(task):
     )
     from pytest_msprobe.engine.trial import Trial
 
-    given = {"model": task["model"], "dtype": "bfloat16", "max_model_len": 128}
-    llm = start_engine(engine_arguments({**given, **task["engine"]}, "benchmark"))
-    try:
-        folder = Path(task["folder"])
-        config = DebuggerConfig(level="L0", extra_info=False)
-        trial = Trial(llm, config, (), folder / "captures", prompts_of(0))
-        trial.is_batch = task["is_batch"]
-        trial.generate()
-        answer = CHILDREN[task["do"]](trial, task)
-    finally:
-        stop_engine(llm)
-    (folder / "answer.json").write_text(json.dumps(answer))
+    for family, model in task["models"].items():
+        given = {"model": model, "dtype": "bfloat16", "max_model_len": 128}
+        llm = start_engine(engine_arguments({**given, **task["engine"]}, "benchmark"))
+        try:
+            folder = Path(task["folder"]) / family
+            config = DebuggerConfig(level="L0", extra_info=False)
+            trial = Trial(llm, config, (), folder / "captures", prompts_of(0))
+            trial.is_batch = task["is_batch"]
+            trial.generate()
+            answer = CHILDREN[task["do"]](trial, family, folder, task)
+        finally:
+            stop_engine(llm)
+        (folder / "answer.json").write_text(json.dumps(answer))
 
 
 def prompts_of(number):
@@ -142,33 +144,36 @@ def at_level(trial, level):
     trial.config = replace(trial.config, level=level)
 
 
-def record_goldens(trial, task):
+def record_goldens(trial, family, folder, task):
     """Captures at some levels; their files by level."""
+    del family
     files = {}
     for level in task["levels"]:
         at_level(trial, level)
-        (path,) = trial.record(Path(task["folder"]) / f"golden-{level}")
+        (path,) = trial.record(folder / f"golden-{level}")
         files[level] = str(path)
     return files
 
 
-def record_sets(trial, task):
+def record_sets(trial, family, folder, task):
     """Captures of every set of prompts at L0; their files, by rank."""
+    del family
     found = []
     for number in range(task["sets"]):
         trial.prompts = prompts_of(number)
-        files = trial.record(Path(task["folder"]) / f"set{number}")
+        files = trial.record(folder / f"set{number}")
         found.append([str(path) for path in files])
     return found
 
 
-def try_faults(trial, task):
+def try_faults(trial, family, folder, task):
     """Plants every kind of fault at its places, at every level."""
     from pytest_msprobe.dump.capture import read_capture
     from pytest_msprobe.engine.plants import KINDS
     from pytest_msprobe.errors import MsprobeError
 
-    generator = random.Random(f"{SEED} {task['family']}")  # noqa: S311 - likewise
+    del folder
+    generator = random.Random(f"{SEED} {family}")  # noqa: S311 - likewise
     places = trial.places()
     plan, skipped = [], []
     for kind in KINDS.values():
@@ -194,7 +199,8 @@ def try_faults(trial, task):
     at_level(trial, "mix")
     (golden,) = trial.capture()
     order = operators_of(golden)
-    goldens = {k: read_capture(Path(path)) for k, path in task["goldens"].items()}
+    files = task["goldens"].get(family, {})
+    goldens = {level: read_capture(Path(path)) for level, path in files.items()}
     lines, clean = [], []
     for level in task["levels"]:
         at_level(trial, level)
@@ -315,22 +321,22 @@ CHILDREN = {"goldens": record_goldens, "sets": record_sets, "faults": try_faults
 # In the process that starts the others ---------------------------------------------
 
 
-def ask_child(folder, do, model, change=(PLAIN, {}, False), **more):
-    """What a process with an engine answers."""
+def ask_child(folder, do, models, change=(PLAIN, {}, False), **more):
+    """What a process with engines answers, by family."""
     (variables, cap), engine, is_batch = change
-    folder.mkdir(parents=True)
+    for family in models:
+        (folder / family).mkdir(parents=True)
     task = {
         "do": do,
-        "model": str(model),
+        "models": {family: str(model) for family, model in models.items()},
         "folder": str(folder),
         "engine": engine,
         "cap": cap,
         "is_batch": is_batch,
         **more,
     }
-    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)]
     done = subprocess.run(
-        command,
+        [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)],
         env={**os.environ, **ENVIRONMENT, **variables},
         capture_output=True,
         text=True,
@@ -338,77 +344,65 @@ def ask_child(folder, do, model, change=(PLAIN, {}, False), **more):
     )
     if done.returncode:
         raise SystemExit(f"{folder.name}: {done.stderr[-3000:]}")
-    return json.loads((folder / "answer.json").read_text())
+    return {
+        family: json.loads((folder / family / "answer.json").read_text())
+        for family in models
+    }
 
 
-def faults(family, model, folder):
+def faults(models, folder):
     """Every kind of fault against a clean capture of the same engine."""
-    return ask_child(
-        folder / "faults",
-        "faults",
-        model,
-        family=family,
-        levels=LEVELS,
-        goldens={},
-        sizes=SAME_SIZES,
-    )
+    place = folder / "faults"
+    more = {"levels": LEVELS, "goldens": {}, "sizes": SAME_SIZES}
+    return ask_child(place, "faults", models, **more)
 
 
-def cross(family, model, folder):
+def cross(models, folder):
     """Larger faults on AVX2 against goldens of AVX512-bf16."""
     levels = ["L0", "mix"]
     change = (AVX512_BF16, {}, False)
-    goldens = ask_child(folder / "goldens", "goldens", model, change, levels=levels)
-    return ask_child(
-        folder / "cross",
-        "faults",
-        model,
-        (AVX2, {}, False),
-        family=family,
-        levels=levels,
-        goldens=goldens,
-        sizes=CROSS_SIZES,
-    )
+    goldens = ask_child(folder / "goldens", "goldens", models, change, levels=levels)
+    more = {"levels": levels, "goldens": goldens, "sizes": CROSS_SIZES}
+    return ask_child(folder / "cross", "faults", models, (AVX2, {}, False), **more)
 
 
-def benign(family, model, folder):
+def benign(models, folder):
     """Harmless changes; one line a judgement."""
+    base = ask_child(folder / "base", "sets", models, sets=SETS)
+    lines = defaultdict(list)
+    for number, (name, change) in enumerate(BENIGN.items()):
+        place = folder / f"benign{number}"
+        found = ask_child(place, "sets", models, change, sets=SETS)
+        for family in models:
+            pairs = zip(base[family], found[family], strict=True)
+            lines[family] += [
+                {"change": name, "set": prompts, **judge_sets(*pair)}
+                for prompts, pair in enumerate(pairs)
+            ]
+            print_benign(family, lines[family], name)
+    return {family: {"lines": lines[family]} for family in models}
+
+
+def judge_sets(old, new):
+    """What the gate says of a capture; each side is a list of files, by rank."""
     from pytest_msprobe.compare.against import judge_against
     from pytest_msprobe.compare.judge import judge
     from pytest_msprobe.compare.ranks import combine_ranks
     from pytest_msprobe.dump.capture import read_capture
 
-    del family
-
-    def read(files):
-        return [read_capture(Path(path)) for path in files]
-
-    base = ask_child(folder / "base", "sets", model, sets=SETS)
-    lines = []
-    for number, (name, change) in enumerate(BENIGN.items()):
-        place = folder / f"benign{number}"
-        found = ask_child(place, "sets", model, change, sets=SETS)
-        for prompts, (old, new) in enumerate(zip(base, found, strict=True)):
-            goldens, candidates = read(old), read(new)
-            if len(candidates) > 1:
-                sides = combine_ranks(goldens), combine_ranks(candidates)
-                verdict = judge_against(*sides)
-            else:
-                verdict = judge(goldens[0], candidates[0]).verdict
-            lines.append(
-                {
-                    "change": name,
-                    "set": prompts,
-                    "mode": verdict.mode,
-                    "is_green": verdict.is_green,
-                    "judged": verdict.judged,
-                    "equal": verdict.equal,
-                    "key": verdict.key,
-                    "why": "" if verdict.is_green else alarm(verdict),
-                }
-            )
-        print_benign(lines, name)
-    return {"lines": lines, "header": facts_of(goldens[0])}
+    goldens, candidates = ([read_capture(Path(p)) for p in side] for side in (old, new))
+    if len(candidates) > 1:
+        verdict = judge_against(combine_ranks(goldens), combine_ranks(candidates))
+    else:
+        verdict = judge(goldens[0], candidates[0]).verdict
+    return {
+        "mode": verdict.mode,
+        "is_green": verdict.is_green,
+        "judged": verdict.judged,
+        "equal": verdict.equal,
+        "key": verdict.key,
+        "why": "" if verdict.is_green else alarm(verdict),
+    }
 
 
 def alarm(verdict):
@@ -422,11 +416,13 @@ def alarm(verdict):
     return f"{finding.row.text}: {where}; {verdict.failed} rows {text}"
 
 
-def print_benign(lines, name):
+def print_benign(family, lines, name):
     chosen = [line for line in lines if line["change"] == name]
     red = [line for line in chosen if not line["is_green"]]
     unequal = sum(line["equal"] < line["judged"] for line in chosen)
-    print(f"  {name}: {len(chosen)} judged, {unequal} unequal, {len(red)} red")
+    print(
+        f"  {family}, {name}: {len(chosen)} judged, {unequal} unequal, {len(red)} red"
+    )
     for line in red[:2]:
         print(f"    {line['why']}")
     sys.stdout.flush()
@@ -483,6 +479,18 @@ def describe(line):
     )
 
 
+def save(found, path):
+    """Writes what was found, one judgement a line."""
+    whole = {**found, "parts": {}}
+    for name, result in found["parts"].items():
+        # The lines of a table, for a diff that can be read.
+        lines = [f"@{json.dumps(line)}@" for line in result["lines"]]
+        whole["parts"][name] = {**result, "lines": lines}
+    text = json.dumps(whole, indent=1)
+    text = re.sub(r'"@(.*)@"', lambda m: json.loads(f'"{m[1]}"'), text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def main():
     arguments = parse_arguments()
     if arguments.child:
@@ -504,17 +512,19 @@ def main():
         "power": stated_power("bfloat16"),
         "cross_power": POWER_MULTIPLE * limit,
     }
-    for name in arguments.parts:
-        part, family = name.split("/")
+    for part in arguments.parts:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            model = write_family(family, folder / "model")
-            result = globals()[part](family, model, folder)
-        result["date"] = time.strftime("%Y-%m-%d")
-        found["parts"][name] = result
-        arguments.save.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {time.monotonic() - began:.0f} s")
+            models = {
+                family: write_family(family, folder / f"model-{family}")
+                for family in arguments.families
+            }
+            for family, result in globals()[part](models, folder).items():
+                result["date"] = time.strftime("%Y-%m-%d")
+                found["parts"][f"{part}/{family}"] = result
+        save(found, arguments.save)
+        print(f"{part}: {time.monotonic() - began:.0f} s")
     table(found)
 
 
