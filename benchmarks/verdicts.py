@@ -40,7 +40,8 @@ PARTS = ("faults", "cross", "benign")
 LEVELS = ("L0", "L1", "mix")
 PLACES = 3
 SEED = 20261126
-SETS = 8
+SETS = 10
+TOKENS = 2
 # Sizes of the faults; those of a kind that are not named are its usual one.
 SAME_SIZES = {"weight_row": (0.01, 0.25)}
 # Larger ones: limits across keys are 40 to 50 times those for the same key.
@@ -71,8 +72,6 @@ TWO_RANKS = {
 }
 # Name: environment and cap, engine arguments, whether prompts are handed over at once.
 BENIGN = {
-    "another process": (PLAIN, {}, False),
-    "2 threads": (({"OMP_NUM_THREADS": "2"}, []), {}, False),
     "batch mates": (PLAIN, {"max_num_seqs": 4}, True),
     "chunked prefill": (
         PLAIN,
@@ -80,10 +79,9 @@ BENIGN = {
         False,
     ),
     "custom_ops none": (PLAIN, {"compilation_config": {"custom_ops": ["none"]}}, False),
-    "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
-    "AVX512-bf16": (AVX512_BF16, {}, False),
     "AVX512 without bf16": (AVX512, {}, False),
     "AVX2": (AVX2, {}, False),
+    "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
 }
 
 
@@ -115,16 +113,17 @@ def run_child(task):
     )
     from pytest_msprobe.engine.trial import Trial
 
-    for family, model in task["models"].items():
-        given = {"model": model, "dtype": "bfloat16", "max_model_len": 128}
-        llm = start_engine(engine_arguments({**given, **task["engine"]}, "benchmark"))
+    for run in task["runs"]:
+        given = {"model": run["model"], "dtype": "bfloat16", "max_model_len": 128}
+        llm = start_engine(engine_arguments({**given, **run["engine"]}, "benchmark"))
         try:
-            folder = Path(task["folder"]) / family
+            folder = Path(task["folder"]) / run["name"]
             config = DebuggerConfig(level="L0", extra_info=False)
-            trial = Trial(llm, config, (), folder / "captures", prompts_of(0))
-            trial.is_batch = task["is_batch"]
+            trial = Trial(llm, config, (), folder / "captures", prompts_of(0)[:1])
+            trial.tokens, trial.decode_steps = TOKENS, TOKENS - 1
+            trial.is_batch = run["is_batch"]
             trial.generate()
-            answer = CHILDREN[task["do"]](trial, family, folder, task)
+            answer = CHILDREN[task["do"]](trial, run["name"], folder, task)
         finally:
             stop_engine(llm)
         (folder / "answer.json").write_text(json.dumps(answer))
@@ -321,20 +320,22 @@ CHILDREN = {"goldens": record_goldens, "sets": record_sets, "faults": try_faults
 # In the process that starts the others ---------------------------------------------
 
 
-def ask_child(folder, do, models, change=(PLAIN, {}, False), **more):
-    """What a process with engines answers, by family."""
-    (variables, cap), engine, is_batch = change
-    for family in models:
-        (folder / family).mkdir(parents=True)
-    task = {
-        "do": do,
-        "models": {family: str(model) for family, model in models.items()},
-        "folder": str(folder),
-        "engine": engine,
-        "cap": cap,
-        "is_batch": is_batch,
-        **more,
-    }
+def ask_child(folder, do, runs, machine=PLAIN, **more):
+    """What a process with engines answers, by run.
+
+    Args:
+        folder: Where it works.
+        do: What it does, of CHILDREN.
+        runs: Name: model, engine arguments, whether prompts are handed over at once.
+        machine: Environment, and what torch.cpu is made to deny.
+        more: Of the task.
+    """
+    variables, cap = machine
+    task = {"do": do, "folder": str(folder), "cap": cap, "runs": [], **more}
+    for name, (model, engine, is_batch) in runs.items():
+        (folder / name).mkdir(parents=True)
+        values = {"name": name, "model": str(model)}
+        task["runs"].append({**values, "engine": engine, "is_batch": is_batch})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)],
         env={**os.environ, **ENVIRONMENT, **variables},
@@ -345,42 +346,54 @@ def ask_child(folder, do, models, change=(PLAIN, {}, False), **more):
     if done.returncode:
         raise SystemExit(f"{folder.name}: {done.stderr[-3000:]}")
     return {
-        family: json.loads((folder / family / "answer.json").read_text())
-        for family in models
+        name: json.loads((folder / name / "answer.json").read_text()) for name in runs
     }
+
+
+def plain_runs(models):
+    """Runs with the default engine, by family."""
+    return {family: (model, {}, False) for family, model in models.items()}
 
 
 def faults(models, folder):
     """Every kind of fault against a clean capture of the same engine."""
-    place = folder / "faults"
     more = {"levels": LEVELS, "goldens": {}, "sizes": SAME_SIZES}
-    return ask_child(place, "faults", models, **more)
+    return ask_child(folder / "faults", "faults", plain_runs(models), **more)
 
 
 def cross(models, folder):
     """Larger faults on AVX2 against goldens of AVX512-bf16."""
-    levels = ["L0", "mix"]
-    change = (AVX512_BF16, {}, False)
-    goldens = ask_child(folder / "goldens", "goldens", models, change, levels=levels)
+    levels, runs = ["L0", "mix"], plain_runs(models)
+    place = folder / "goldens"
+    goldens = ask_child(place, "goldens", runs, AVX512_BF16, levels=levels)
     more = {"levels": levels, "goldens": goldens, "sizes": CROSS_SIZES}
-    return ask_child(folder / "cross", "faults", models, (AVX2, {}, False), **more)
+    return ask_child(folder / "cross", "faults", runs, AVX2, **more)
 
 
 def benign(models, folder):
     """Harmless changes; one line a judgement."""
-    base = ask_child(folder / "base", "sets", models, sets=SETS)
-    lines = defaultdict(list)
-    for number, (name, change) in enumerate(BENIGN.items()):
-        place = folder / f"benign{number}"
-        found = ask_child(place, "sets", models, change, sets=SETS)
-        for family in models:
-            pairs = zip(base[family], found[family], strict=True)
-            lines[family] += [
-                {"change": name, "set": prompts, **judge_sets(*pair)}
-                for prompts, pair in enumerate(pairs)
+    groups = defaultdict(dict)  # a process for each kind of machine
+    for family, model in models.items():
+        groups[json.dumps(PLAIN)][f"{family}-base"] = (model, {}, False)
+        for name, (machine, engine, is_batch) in BENIGN.items():
+            run = (model, engine, is_batch)
+            groups[json.dumps(machine)][f"{family}-{name}"] = run
+    found = {}
+    for number, (machine, runs) in enumerate(groups.items()):
+        place = folder / f"machine{number}"
+        found |= ask_child(place, "sets", runs, json.loads(machine), sets=SETS)
+    result = {}
+    for family in models:
+        lines = []
+        for name in BENIGN:
+            sides = found[f"{family}-base"], found[f"{family}-{name}"]
+            lines += [
+                {"change": name, "set": number, **judge_sets(*pair)}
+                for number, pair in enumerate(zip(*sides, strict=True))
             ]
-            print_benign(family, lines[family], name)
-    return {family: {"lines": lines[family]} for family in models}
+            print_benign(family, lines, name)
+        result[family] = {"lines": lines}
+    return result
 
 
 def judge_sets(old, new):

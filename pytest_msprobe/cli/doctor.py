@@ -217,7 +217,9 @@ def _describe(record: dict[str, Any]) -> Iterator[str]:
         yield "    not caught; below the power"
     if smallest is not None and smallest["size"] != first["size"]:
         moved = f"moves {float(smallest['moved']):.2g}"
-        yield f"    smallest caught: {smallest['size']:.3g}, {moved}"
+        least = min(attempt["size"] for attempt in record["attempts"])
+        more = ", the smallest tried" if smallest["size"] == least else ""
+        yield f"    smallest caught: {smallest['size']:.3g}{more}, {moved}"
 
 
 def _print_result(found: Examination, problems: list[str]) -> None:

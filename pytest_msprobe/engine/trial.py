@@ -163,23 +163,29 @@ class Trial:
         return list(dict.fromkeys(found))
 
     @contextlib.contextmanager
-    def planted(self, place: Place, size: float) -> Iterator[float]:
-        """Plants a fault for a while; gives what it changes, on identical input.
+    def planted(self, place: Place, size: float) -> Iterator[None]:
+        """Plants a fault for a while.
+
+        Raises:
+            CaptureError: It cannot be planted there.
+        """
+        plant = ask_workers("plant", place=asdict(place), size=size)
+        converse(self.llm, plant)
+        try:
+            yield
+        finally:
+            converse(self.llm, ask_workers("unplant"))
+
+    def measure(self, place: Place, size: float) -> float:
+        """What a fault changes, on identical input: without a capture, calls twice.
+
+        Returns:
+            Largest relative L2 change of a row where it is planted.
 
         Raises:
             CaptureError: It cannot be planted there.
             EngineError: Planting went wrong, or no call reached the place.
         """
-        moved = self.measure(place, size)
-        plant = ask_workers("plant", place=asdict(place), size=size)
-        converse(self.llm, plant)
-        try:
-            yield moved
-        finally:
-            converse(self.llm, ask_workers("unplant"))
-
-    def measure(self, place: Place, size: float) -> float:
-        """What a fault changes, without a capture: calls are made twice."""
         plant = ask_workers("plant", place=asdict(place), size=size)
         converse(self.llm, plant)
         try:
@@ -206,7 +212,8 @@ class Trial:
         Raises:
             MsprobeError: It could not be planted or recorded.
         """
-        with self.planted(place, size) as moved:
+        moved = self.measure(place, size)
+        with self.planted(place, size):
             captures = self.capture()
         return described(self.judge(goldens, captures), size, moved)
 
