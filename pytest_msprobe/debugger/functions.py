@@ -660,6 +660,22 @@ def record_call(
             (args, kwargs),
             (seen_args, seen_kwargs, frame),
         )
+    return _record_one(
+        collector, entry, site, func, (args, kwargs), (seen_args, seen_kwargs, frame)
+    )
+
+
+def _record_one(
+    collector: Collector,
+    entry: Entry,
+    site: CallSite,
+    func: Callable[..., Any],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    seen: tuple[tuple[Any, ...], dict[str, Any], FrameType],
+) -> Any:
+    """Calls a function and records it by itself."""
+    args, kwargs = given
+    seen_args, seen_kwargs, frame = seen
     call: RawCall | None = None
     written: list[torch.Tensor] = []
     try:

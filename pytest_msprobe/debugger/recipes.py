@@ -112,7 +112,7 @@ class Recipe:
     originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     copied: list[tuple[int, int]] = field(default_factory=list)
 
-    def fits(  # noqa: PLR0911 - one return a reason
+    def fits(
         self, values: Sequence[Any], state: int, version: int
     ) -> tuple[tuple[torch.Tensor, ...], list[Tree]] | None:
         """The tensors to measure and all other nodes, None where the form is another.
@@ -122,50 +122,49 @@ class Recipe:
             state: As of the recipe.
             version: Of the constants.
         """
-        if state != self.state or version != self.version:
+        is_known = state == self.state and version == self.version
+        if not (is_known and self._owns_the_same() and self._has_constants(values)):
             return None
-        if self.watched and [t._version for t in self.watched] != self.writes:  # noqa: SLF001 - torch has no other
-            return None
-        if (
-            self.owners
-            and [id(item) for item in chain.from_iterable(map(_values_of, self.owners))]
-            != self.owned_ids
-        ):
-            return None
-        if (
-            self.constants is not None
-            and list(map(id, self.constants(values))) != self.constant_ids
-        ):
-            return None
-        changed = None
+        tensors: tuple[torch.Tensor, ...] = ()
+        if self.pick is not None:
+            tensors = self.pick(values)
+            if not self._has_forms(tensors, values):
+                return None
+        nodes = self.nodes.copy()
         for place, expected, name in self.same:
             value = values[place]
             if value is not expected:
                 if type(value) is not type(expected):
                     return None
-                changed = changed or []
-                changed.append((place, describe_value(value, name, _no_tensor)))
-        tensors: tuple[torch.Tensor, ...] = ()
-        if self.pick is not None:
-            tensors = self.pick(values)
-            for tensor in tensors:
-                if getattr(tensor, "is_nested", True):  # torch's guard would abort
-                    return None
-            assert self.check is not None
-            if not self.check(*tensors):
-                return None
-            if (
-                self.copies is not None
-                and self.originals is not None
-                and list(map(id, self.copies(values)))
-                != list(map(id, self.originals(values)))
-            ):
-                return None
-        nodes = self.nodes.copy()
-        if changed is not None:
-            for place, node in changed:
-                nodes[place] = node
+                nodes[place] = describe_value(value, name, _no_tensor)
         return tensors, nodes
+
+    def _owns_the_same(self) -> bool:
+        """Whether parameters are the same ones, and were not written."""
+        if self.owners:
+            owned = chain.from_iterable(map(_values_of, self.owners))
+            if list(map(id, owned)) != self.owned_ids:
+                return False
+        return [t._version for t in self.watched] == self.writes  # noqa: SLF001 - torch has no other
+
+    def _has_constants(self, values: Sequence[Any]) -> bool:
+        return self.constants is None or (
+            list(map(id, self.constants(values))) == self.constant_ids
+        )
+
+    def _has_forms(
+        self, tensors: tuple[torch.Tensor, ...], values: Sequence[Any]
+    ) -> bool:
+        """Whether tensors have the forms, and are given again where they were."""
+        for tensor in tensors:
+            if getattr(tensor, "is_nested", True):  # torch's guard would abort
+                return False
+        if self.check is None or not self.check(*tensors):
+            return False
+        if self.copies is None or self.originals is None:
+            return True
+        copies = map(id, self.copies(values))
+        return list(copies) == list(map(id, self.originals(values)))
 
 
 def _no_tensor(tensor: torch.Tensor, slot: str) -> TensorValue:
@@ -209,68 +208,110 @@ def make_recipe(
     """
     if _TensorGuards is None:
         return None
-    recipe = Recipe(state, version)
-    constant_places: list[int] = []
-    tensors: list[torch.Tensor] = []
-    empty: list[tuple[int, torch.Tensor]] = []
-    firsts: dict[tuple[int, Any, Any], int] = {}
+    maker = _Maker(Recipe(state, version), constants, lasting)
     for place, slot in enumerate(slots):
-        value, node = slot.value, slot.node
-        known = constants.get(id(value))
-        if known is not None and known[1] is node:
-            constant_places.append(place)
-            recipe.constant_ids.append(id(value))
-            _watch(recipe, value)
-        elif type(value) in PLAIN_TYPES and _is_empty(value):
-            first = next((first for first, other in empty if other is value), None)
-            if first is None:
-                empty.append((place, value))
-            else:
-                recipe.copied.append((place, first))
-        elif type(value) in PLAIN_TYPES:
-            if not isinstance(node, Measured) or node.plan.kind < 0:
-                return None
-            assert isinstance(slot.shown, Measured)
-            # Two rows of one tensor may be divided otherwise, or have other roles.
-            key = (id(value), node.row_class, slot.shown.role)
-            first = firsts.setdefault(key, place)
-            if first != place:
-                recipe.copied.append((place, first))
-            elif any(value is other for other in tensors):
-                return None
-            else:
-                form = Form(node.plan, node.row_class, slot.role, slot.is_result)
-                recipe.places.append(place)
-                recipe.forms.append(form)
-                tensors.append(value)
-        elif type(value) in lasting or not _is_container(value):
-            recipe.same.append((place, value, slot.name))
-        else:
+        if not maker.add(place, slot):
             return None
-        recipe.nodes.append(slot.shown)
-    recipe.constants = _picker(constant_places)
-    recipe.pick = _picker([*recipe.places, *(place for place, _ in empty)])
-    tensors += [value for _, value in empty]
-    recipe.copies = _picker([place for place, _ in recipe.copied])
-    recipe.originals = _picker([first for _, first in recipe.copied])
     for module, nodes in parameters:
-        recipe.parameters.append(nodes)
+        maker.recipe.parameters.append(nodes)
         if module is not None and module._parameters:  # noqa: SLF001 - fast
-            owned = module._parameters  # noqa: SLF001
-            recipe.owners.append(owned)
-            for parameter in owned.values():
-                recipe.owned_ids.append(id(parameter))
-                if parameter is not None:
-                    _watch(recipe, parameter)
-    if tensors:
-        # Torch would not look at a size or stride that is given as None.
-        guards = _TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-        )
-        recipe.check = guards.check
-    return recipe
+            maker.own(module._parameters)  # noqa: SLF001
+    return maker.finish()
+
+
+class _Maker:
+    """Adds slots to a recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        constants: Mapping[int, tuple[int, Tree]],
+        lasting: AbstractSet[Any],
+    ) -> None:
+        self.recipe = recipe
+        self._constants = constants
+        self._lasting = lasting
+        self._constant_places: list[int] = []
+        self._tensors: list[torch.Tensor] = []
+        self._empty: list[tuple[int, torch.Tensor]] = []
+        self._firsts: dict[tuple[int, Any, Any], int] = {}
+
+    def add(self, place: int, slot: Slot) -> bool:
+        """Adds a slot; whether that could be done."""
+        value, node = slot.value, slot.node
+        known = self._constants.get(id(value))
+        if known is not None and known[1] is node:
+            self._constant_places.append(place)
+            self.recipe.constant_ids.append(id(value))
+            self._watch(value)
+        elif type(value) in PLAIN_TYPES and _is_empty(value):
+            self._add_empty(place, value)
+        elif type(value) in PLAIN_TYPES:
+            if not self._add_tensor(place, slot):
+                return False
+        elif type(value) in self._lasting or not _is_container(value):
+            self.recipe.same.append((place, value, slot.name))
+        else:
+            return False
+        self.recipe.nodes.append(slot.shown)
+        return True
+
+    def _add_empty(self, place: int, value: torch.Tensor) -> None:
+        """It is not measured, but others have to be empty as well."""
+        for first, other in self._empty:
+            if other is value:
+                self.recipe.copied.append((place, first))
+                return
+        self._empty.append((place, value))
+
+    def _add_tensor(self, place: int, slot: Slot) -> bool:
+        value, node, shown = slot.value, slot.node, slot.shown
+        if not isinstance(node, Measured) or node.plan.kind < 0:
+            return False
+        assert isinstance(shown, Measured)
+        # Two rows of one tensor may be divided otherwise, or have other roles.
+        first = self._firsts.setdefault((id(value), node.row_class, shown.role), place)
+        if first != place:
+            self.recipe.copied.append((place, first))
+            return True
+        if any(value is other for other in self._tensors):
+            return False
+        form = Form(node.plan, node.row_class, slot.role, slot.is_result)
+        self.recipe.places.append(place)
+        self.recipe.forms.append(form)
+        self._tensors.append(value)
+        return True
+
+    def own(self, parameters: Mapping[str, Any]) -> None:
+        """Adds the parameters of a module."""
+        self.recipe.owners.append(parameters)
+        for parameter in parameters.values():
+            self.recipe.owned_ids.append(id(parameter))
+            if parameter is not None:
+                self._watch(parameter)
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_inference():
+            self.recipe.watched.append(tensor)
+            self.recipe.writes.append(tensor._version)  # noqa: SLF001 - torch has no other
+
+    def finish(self) -> Recipe:
+        """The recipe."""
+        recipe = self.recipe
+        recipe.constants = _picker(self._constant_places)
+        recipe.pick = _picker([*recipe.places, *(place for place, _ in self._empty)])
+        recipe.copies = _picker([place for place, _ in recipe.copied])
+        recipe.originals = _picker([first for _, first in recipe.copied])
+        tensors = [*self._tensors, *(value for _, value in self._empty)]
+        if tensors:
+            # Torch would not look at a size or stride that is given as None.
+            guards = _TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+            )
+            recipe.check = guards.check
+        return recipe
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -282,9 +323,3 @@ def _is_container(value: Any) -> bool:
     """Whether a value may hold tensors."""
     kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
     return isinstance(value, kinds) or dataclasses.is_dataclass(value)
-
-
-def _watch(recipe: Recipe, tensor: torch.Tensor) -> None:
-    if not tensor.is_inference():
-        recipe.watched.append(tensor)
-        recipe.writes.append(tensor._version)  # noqa: SLF001 - torch has no other

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pytest_msprobe.debugger.modules import module_paths
+from pytest_msprobe.debugger.modules import module_paths, root_models
 from pytest_msprobe.engine.kv_cache import block_sides
 from pytest_msprobe.errors import EngineError
 
@@ -136,7 +136,7 @@ class Survey:
 
     def install(self) -> None:
         """Begins to watch."""
-        for module, paths in module_paths(self._model).values():
+        for module, paths in module_paths(root_models(self._model)).values():
             if len(paths) > 1:
                 self._shared.update(paths)
             before = module.__dict__.get("forward")
