@@ -706,25 +706,24 @@ class Collector:
         calls = self.config.pending_bytes // (tokens * width * _BYTES_AN_ELEMENT)
         return int(max(1, min(_MOST_NOTED, calls)))
 
-    def before_write(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Something is about to write these tensors: what was noted is read first."""
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """Something is about to write a tensor: what was noted is read first."""
+        address = storage_address(tensor)
         _, fresh, noted = self._fresh
-        for tensor in tensors:
-            address = storage_address(tensor)
-            if address == fresh and noted == self._count_noted():
-                self._undefined.pop(address, None)
-                continue  # made since the last call was noted: no call can hold it
-            if address in self._opaque:
-                continue
-            self.read_log()
-            if self._undefined:
-                self._undefined.pop(address, None)
-            self.measurer.release(address)
-            if address in self._constants:
-                del self._constants[address]
-                self._measured_constants.clear()
-                self._constant_ids.clear()
-                self._constant_version += 1
+        if address == fresh and noted == self._count_noted():
+            self._undefined.pop(address, None)
+            return  # made since the last call was noted: no call can hold it
+        if address in self._opaque:
+            return
+        self.read_log()
+        if self._undefined:
+            self._undefined.pop(address, None)
+        self.measurer.release(address)
+        if address in self._constants:
+            del self._constants[address]
+            self._measured_constants.clear()
+            self._constant_ids.clear()
+            self._constant_version += 1
 
     def _count_noted(self) -> int:
         return self._noted + len(self._log) + len(self.trace.sizes)

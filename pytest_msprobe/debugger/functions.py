@@ -501,7 +501,7 @@ class FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if type(func) is MethodWrapperType:
             if func.__name__ == "__set__":
-                collector.before_write(args[:1])
+                collector.before_write(args[0])
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
         site = entry.site
@@ -594,9 +594,8 @@ def call_unrecorded(
 ) -> Any:
     """Calls a function that is not recorded and notes what it does to memory."""
     try:
-        written = _written(entry, args, kwargs)
-        if written:
-            collector.before_write(written)
+        for tensor in _written(entry, args, kwargs):
+            collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
     if entry.is_python:
@@ -692,7 +691,8 @@ def _record_one(
             call = None
         if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
             written = _written(entry, args, kwargs)
-            collector.before_write(written)
+            for tensor in written:
+                collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
@@ -728,7 +728,8 @@ def _trace_call(
     if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
         try:
             written = _written(entry, args, kwargs)
-            collector.before_write(written)
+            for tensor in written:
+                collector.before_write(tensor)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
     try:
