@@ -66,6 +66,8 @@ _LASTING = frozenset(
         *(torch.Size, torch.dtype, torch.device, torch.layout),
     }
 )
+# Smaller tensors are measured as quickly as they are looked up.
+_LEAST_WEIGHTS = 4096
 # So many calls are noted before they are read, memory permitting.
 _MOST_NOTED = 256
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
@@ -87,6 +89,7 @@ class Collector:
         places: Of the slots of modules, by path.
         progress: Where the running call is noted, None to note nothing.
         saved_bytes: Bytes of tensors saved to files.
+        keeps_weights: Weights that are no parameters are measured once as well.
         unseen: How many calls run inside which writes are not seen.
         forward_range: First and last forward that are recorded, None for all.
         generation: How many steps have begun.
@@ -110,6 +113,7 @@ class Collector:
         self.places: dict[str, Places] = {}
         self.progress: Progress | None = None
         self.saved_bytes = 0
+        self.keeps_weights = False
         self.unseen = 0
         self.forward_range: tuple[int, int] | None = None
         self._forwards = 0
@@ -903,6 +907,9 @@ class Collector:
         address = storage_address(tensor)
         if address in self._opaque:
             return self.measurer.describe_only(tensor, "opaque")
+        if self.keeps_weights and known is None and _is_weight(tensor):
+            self.add_constants([tensor])
+            known = self._constant_ids.get(id(tensor))
         value: Measured | TensorValue
         if address in self._constants:
             value = self._measure_constant(tensor)
@@ -954,6 +961,20 @@ class Collector:
         if isinstance(value, Measured):
             return value._replace(**changes)
         return replace(value, **changes)
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was made before the model ran and looks like weights.
+
+    Packed weights are no parameters; they would be measured in every step.
+    """
+    return (
+        torch.is_inference_mode_enabled()
+        and not tensor.is_inference()
+        and tensor.is_floating_point()
+        and tensor.ndim > 1
+        and tensor.numel() >= _LEAST_WEIGHTS
+    )
 
 
 def _version_of(tensor: torch.Tensor) -> int:

@@ -160,6 +160,7 @@ class Recorder:
         self.estimate: Estimate | None = None
         self.expected_steps = 0
         self.collector = Collector(config)
+        self.collector.keeps_weights = not has_gradients and config.measure_once
         if has_gradients and config.has_backward:
             self.collector.backward = Backward(self.collector)
         self.mode: FunctionMode | None = None
