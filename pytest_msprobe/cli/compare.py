@@ -12,7 +12,7 @@ import msgspec
 from pytest_msprobe.cli.inspect import FINDING, print_verdict
 from pytest_msprobe.cli.sources import find_ranks, read_pairs
 from pytest_msprobe.compare.elements import measure_files
-from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.judge import Judgement, judge
 from pytest_msprobe.compare.mapping import (
     by_layers,
     read_mapping,
@@ -22,6 +22,7 @@ from pytest_msprobe.compare.mapping import (
 )
 from pytest_msprobe.compare.match import pair_rows
 from pytest_msprobe.compare.msprobe_table import Line, table
+from pytest_msprobe.compare.tolerance import unmatched_error
 from pytest_msprobe.config.settings import read_settings
 from pytest_msprobe.dump.capture import CaptureFile
 from pytest_msprobe.model.limits import Rule
@@ -64,6 +65,8 @@ def compare(golden: str, candidate: str, options: Options) -> int:
     rules = read_settings(Path(options.config)).rules if options.config else ()
     code = 0
     lines: list[Line] = []
+    unused = {id(rule): rule for rule in rules}
+    names: list[str] = []
     for place in [*old, *(place for place in new if place not in old)]:
         if place not in old or place not in new:
             side = "golden" if place in old else "candidate"
@@ -71,9 +74,14 @@ def compare(golden: str, candidate: str, options: Options) -> int:
             code = FINDING
             continue
         for pair in read_pairs(old[place], new[place]):
-            verdict, rows = _judge(*pair, rules, options)
+            judgement, rows = _judge(*pair, rules, options)
             lines += rows
-            code = max(code, _print(verdict, is_json=options.is_json))
+            code = max(code, _print(judgement.verdict, is_json=options.is_json))
+            left = {id(rule) for rule in judgement.unmatched}
+            unused = {key: rule for key, rule in unused.items() if key in left}
+            names = list(judgement.names) if unused else names
+    for rule in unused.values():
+        print(f"warning: {unmatched_error(rule, names)}", file=sys.stderr)
     if options.table is not None:
         _write(Path(options.table), lines)
     return code
@@ -84,7 +92,7 @@ def _judge(
     candidate: CaptureFile,
     rules: tuple[Rule, ...],
     options: Options,
-) -> tuple[Verdict, list[Line]]:
+) -> tuple[Judgement, list[Line]]:
     if options.layer_mapping is not None:
         renamed(candidate, by_layers(read_mapping(Path(options.layer_mapping))))
     if options.is_fuzzy:
@@ -101,7 +109,7 @@ def _judge(
     rows: list[Line] = []
     if options.table is not None:
         rows = table(pair_rows(golden, candidate, renames), golden, candidate)
-    return judgement.verdict, rows
+    return judgement, rows
 
 
 def _print(verdict: Verdict, *, is_json: bool) -> int:

@@ -98,6 +98,7 @@ def find_divergence(
     errors: RowErrors,
     is_judged: _Bools,
     weights: tuple[Weights, Weights],
+    search: "Search | None" = None,
 ) -> Divergence | None:
     """Where a failing candidate first computed something else.
 
@@ -106,11 +107,12 @@ def find_divergence(
         errors: Their errors; only rows that may be used have any.
         is_judged: Rows that may disagree; the others may only accuse a parent's code.
         weights: Weight fingerprints of golden and candidate.
+        search: Of the same rows, where there is one already.
 
     Returns:
         None where no judged row is outside its limits.
     """
-    search = _Search(pairs, errors, is_judged)
+    search = search or Search(pairs, errors, is_judged)
     divergence = search.descend()
     if divergence is not None and divergence.finding is not None:
         before, after = divergence.input_error, divergence.output_error
@@ -123,23 +125,7 @@ def find_divergence(
     return Divergence("weights", module, module, parameter=parameter, finding=finding)
 
 
-def growth_of_rows(pairs: Pairs, errors: RowErrors, is_judged: _Bools) -> _F64:
-    """Amplification by the call of each row that is outside its limits.
-
-    Args:
-        pairs: Paired rows.
-        errors: Their errors.
-        is_judged: Rows that may disagree.
-
-    Returns:
-        (n,) error of an output / largest error of the call's inputs, infinite where
-        these agree. 0 for rows that only hand on what another one has brought in:
-        inputs, and outputs of calls inside which something disagrees.
-    """
-    return _Search(pairs, errors, is_judged).growth()
-
-
-class _Search:
+class Search:
     """The candidate's calls as a tree, with the errors of their rows."""
 
     def __init__(self, pairs: Pairs, errors: RowErrors, is_judged: _Bools) -> None:
@@ -166,6 +152,7 @@ class _Search:
         self._leads_on = self._with_guilty_children()
 
     def descend(self) -> Divergence | None:
+        """Where it began; see the module."""
         node = ROOT
         while True:
             children = np.flatnonzero(self._parents == node)
@@ -194,7 +181,13 @@ class _Search:
         )
 
     def growth(self) -> _F64:
-        """See `growth_of_rows`."""
+        """Amplification by the call of each row that is outside its limits.
+
+        Returns:
+            (n,) error of an output / largest error of the call's inputs, infinite where
+            these agree. 0 for rows that only hand on what another one has brought in:
+            inputs, and outputs of calls inside which something disagrees.
+        """
         rows, calls = self._outputs.pairs, self._outputs.calls
         is_own = (self._judged_ratio[rows] > 1.0) & ~self._leads_on[calls]
         rows, calls = rows[is_own], calls[is_own]
@@ -212,11 +205,11 @@ class _Search:
         What they return may be within its limits all the same, or, of calls that only
         one side has, not be judged at all.
         """
-        is_guilty = self._is_in_bad | self._is_out_bad
         leads_on = np.zeros(len(self._calls), dtype=np.bool_)
-        for call, parent in enumerate(self._parents):  # children before their parents
-            if parent != ROOT and (is_guilty[call] or leads_on[call]):
-                leads_on[parent] = True
+        inner = np.unique(self._parents[self._is_in_bad | self._is_out_bad])
+        while len(inner := inner[inner != ROOT]):
+            leads_on[inner] = True
+            inner = np.unique(self._parents[inner])
         return leads_on
 
     def _entered(self, call: int) -> int | None:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import (
     DRIFT,
+    Search,
     changed_weights,
     find_divergence,
-    growth_of_rows,
 )
 from pytest_msprobe.compare.errors import Elements, Errors
 from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
@@ -204,6 +204,7 @@ class _Judge:
         self._schedule = compare_schedules(golden, candidate, flips)
         self._names: Sequence[str] = []
         self._rerouted = ""
+        self._search: Search | None = None
 
     def compare(
         self,
@@ -417,11 +418,13 @@ class _Judge:
             verdict.reasons.append(_MOVED_TOKENS)
         if verdict.failed or verdict.reasons:
             verdict.status = "fail"
+            self._search = Search(pairs, errors, masks.judged)
             verdict.divergence = find_divergence(
                 pairs,
                 errors,
                 masks.judged,
                 (self._golden.header.weights, self._candidate.header.weights),
+                self._search,
             )
         elif (
             self._note_weights()
@@ -459,7 +462,8 @@ class _Judge:
         failed = judged & (errors.ratio > 1.0)
         if not failed.any():
             return
-        growth = growth_of_rows(pairs, errors, judged)
+        search = self._search or Search(pairs, errors, judged)
+        growth = search.growth()
         divergence = verdict.divergence
         if divergence is not None and divergence.kind != "drift":
             is_own = failed & (growth >= DRIFT)

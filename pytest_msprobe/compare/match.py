@@ -31,7 +31,6 @@ _WITH_SUMS = 4
 _PART_BITS = 28
 # Fields of many lines at once.
 _name_and_level = attrgetter("c", "l")
-_sides = attrgetter("i", "o")
 _segment = attrgetter("g")
 _bits = attrgetter("c", "d", "s")
 _numbers_of_line = attrgetter("v", "x", "s", "d", "q", "a")
@@ -243,28 +242,32 @@ class _Uses:
 
 
 def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
+    # Objects are touched once: most of the time goes by waiting for memory.
     calls: list[CallLine] = []
     steps: list[int] = []
     step = 0
+    # A slot's number and its side in one integer, then its tensors' ids.
+    slots: list[int] = []
+    sizes: list[int] = []
+    used: list[int] = []
+    ends: list[int] = []
+    known = words.slots
     for entry in capture.entries:
         if type(entry) is StepLine:
             step = entry.step
-        else:
-            calls.append(entry)  # type: ignore[arg-type]
-            steps.append(step)
-    # Inputs, then outputs of each call: slots with their tensors' ids.
-    sides = list(chain.from_iterable(map(_sides, calls)))
-    used = list(chain.from_iterable(map(dict.values, sides)))
-    slots = _numbers(words.slots, list(chain.from_iterable(sides)))
-    sizes = np.fromiter(map(len, used), np.int64, len(used))
-    side_column = np.repeat(
-        np.repeat(
-            np.arange(len(sides)), np.fromiter(map(len, sides), np.int64, len(sides))
-        ),
-        sizes,
-    )
-    call_column = side_column // 2
-    tensor_column = _positions(capture.tensors, list(chain.from_iterable(used)))
+            continue
+        calls.append(entry)  # type: ignore[arg-type]
+        steps.append(step)
+        for side, slots_of_side in enumerate((entry.i, entry.o)):  # type: ignore[union-attr]
+            for slot, ids in slots_of_side.items():
+                slots.append(known.setdefault(slot, len(known)) * 2 + side)
+                sizes.append(len(ids))
+                used += ids
+        ends.append(len(used))
+    counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
+    call_column = np.repeat(np.arange(len(calls)), counts)
+    slot_column = np.repeat(np.array(slots, dtype=np.int64), sizes)
+    tensor_column = _positions(capture.tensors, used)
     lines = list(capture.tensors.values())
     segments = _numbers(words.segments, list(map(_segment, lines)))
     places = _numbers(words.places, places_of(calls, steps))
@@ -274,10 +277,10 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
         lines,
         places[call_column],
         call_column,
-        np.repeat(slots, sizes),
+        slot_column // 2,
         tensor_column,
         segments[tensor_column],
-        side_column % 2 == 1,
+        slot_column % 2 == 1,
     )
 
 

@@ -170,9 +170,13 @@ def resolve_limits(
 
 
 def _apply(rule: Rule, mask: npt.NDArray[np.bool_], result: ResolvedLimits) -> None:
-    """Applies one rule to the rows that it names."""
+    """Applies one rule to the rows that it names.
+
+    A capture has one limit of log-probabilities: a rule that names any of its rows
+    sets it, one that is meant for other tests does not.
+    """
     result.sources.append(rule.origin)
-    if "logprob" in rule.limits:
+    if "logprob" in rule.limits and mask.any():
         result.logprob = result.moved_logprob = rule.limits["logprob"]
     limits = {**dict.fromkeys(ROW_METRICS, rule.limits.get("rtol")), **rule.limits}
     for metric in ROW_METRICS:
@@ -239,8 +243,11 @@ def common_glob(names: Sequence[str]) -> str:
     first = _common_start(names)
     if all(name == first for name in names):
         return _escape(first)
-    tails = [name[len(first) :][::-1] for name in names]
-    return f"{_escape(first)}*{_escape(_common_start(tails)[::-1])}"
+    last = min(names, key=len)[len(first) :]
+    for name in names:
+        while not name.endswith(last):
+            last = last[1:]
+    return f"{_escape(first)}*{_escape(last)}"
 
 
 def _common_start(texts: Sequence[str]) -> str:

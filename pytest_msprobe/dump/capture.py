@@ -206,7 +206,7 @@ class CaptureFile:
     @property
     def steps(self) -> list[StepLine]:
         """Steps in order."""
-        return [entry for entry in self.entries if isinstance(entry, StepLine)]
+        return [entry for entry in self.entries if entry.__class__ is StepLine]
 
 
 def class_code(row_class: str) -> str:

@@ -294,6 +294,22 @@ def test_rules_of_a_configuration_hold(dumps, tmp_path, capfd):
     assert compared(capfd, *dumps, "--msprobe-config", config)[0] == 0
 
 
+def test_rules_that_name_no_row_are_told(dumps, tmp_path, capsys):
+    """A rule that names no row of any pair is warned of with the nearest rows."""
+    config = tmp_path / "msprobe.yaml"
+    rules = ["*block*", "Module.blokc.*"]
+    text = "".join(f'    - {{rows: "{rows}", rel_l2: 0.5}}\n' for rows in rules)
+    config.write_text(f"tolerances:\n  rules:\n{text}")
+
+    main(["compare", *map(str, dumps), "--msprobe-config", str(config)])
+
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if "warning" in line
+    ]
+    assert "msprobe.yaml:4: rows 'Module.blokc.*' matches no row" in line
+    assert BLOCK in line
+
+
 def test_runs_are_compared_test_by_test(tmp_path, capfd):
     """Of folders of captures those at the same place are compared; others are told."""
     for run in ("one", "two"):

@@ -156,3 +156,16 @@ def test_a_printed_limit_is_just_above_what_is_needed(limit):
 
     assert float(entry["norm"]) >= limit > 0.99 * float(entry["norm"])
     assert (entry["rows"], entry["mode"]) == ("Module.*", "same")
+
+
+def test_a_rule_for_other_rows_sets_no_log_probability():
+    """One that names no row of a capture leaves the limit of its tokens alone."""
+    defaults = default_limits("same", "bfloat16")
+    names = ["Module.a.M.forward.0.output.0@0.prompt"]
+
+    def logprob(rows):
+        rule = Rule("r", rows=rows, limits={"logprob": 5.0})
+        return resolve_limits(names, [rule], defaults, "same").logprob
+
+    assert logprob("*experts*") == defaults["logprob"]
+    assert logprob("Module.a.*") == 5.0
