@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +19,7 @@ from pytest_msprobe.compare.mapping import (
     read_mapping,
     renamed,
     row_renames,
+    unknown_layers,
     without_class,
 )
 from pytest_msprobe.compare.match import pair_rows
@@ -27,6 +29,9 @@ from pytest_msprobe.config.settings import read_settings
 from pytest_msprobe.dump.capture import CaptureFile
 from pytest_msprobe.model.limits import Rule
 from pytest_msprobe.model.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytest_msprobe.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +65,15 @@ def compare(golden: str, candidate: str, options: Options) -> int:
 
     Returns:
         0, or 1 where a verdict is not green.
+
+    Raises:
+        ConfigError: A mapping names a module, or a row, that no pair has.
     """
     old, new = find_ranks(Path(golden)), find_ranks(Path(candidate))
     rules = read_settings(Path(options.config)).rules if options.config else ()
     code = 0
+    layers = read_mapping(Path(options.layer_mapping)) if options.layer_mapping else {}
+    unknown: dict[str, ConfigError] | None = None
     lines: list[Line] = []
     unused = {id(rule): rule for rule in rules}
     names: list[str] = []
@@ -74,12 +84,18 @@ def compare(golden: str, candidate: str, options: Options) -> int:
             code = FINDING
             continue
         for pair in read_pairs(old[place], new[place]):
-            judgement, rows = _judge(*pair, rules, options)
+            missed = unknown_layers(layers, *pair)
+            unknown = {
+                k: e for k, e in missed.items() if unknown is None or k in unknown
+            }
+            judgement, rows = _judge(*pair, rules, options, layers)
             lines += rows
             code = max(code, _print(judgement.verdict, is_json=options.is_json))
             left = {id(rule) for rule in judgement.unmatched}
             unused = {key: rule for key, rule in unused.items() if key in left}
             names = list(judgement.names) if unused else names
+    for error in (unknown or {}).values():
+        raise error
     for rule in unused.values():
         print(f"warning: {unmatched_error(rule, names)}", file=sys.stderr)
     if options.table is not None:
@@ -92,9 +108,10 @@ def _judge(
     candidate: CaptureFile,
     rules: tuple[Rule, ...],
     options: Options,
+    layers: dict[str, str],
 ) -> tuple[Judgement, list[Line]]:
-    if options.layer_mapping is not None:
-        renamed(candidate, by_layers(read_mapping(Path(options.layer_mapping))))
+    if layers:
+        renamed(candidate, by_layers(layers))
     if options.is_fuzzy:
         renamed(golden, without_class)
         renamed(candidate, without_class)

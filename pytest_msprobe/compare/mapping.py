@@ -2,7 +2,8 @@
 """Pairs calls that have other names on the two sides: mapping files, fuzzy names."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from pytest_msprobe.dump.capture import CallLine, CaptureFile
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.names import CallName, format_call_name, parse_call_name
 
+_NEAREST = 3
 _SIDES = {"input_args": "input", "input_kwargs": "input"}
 
 
@@ -51,10 +53,40 @@ def row_renames(
         found = [side.get(name) for side, name in zip(sides, pair, strict=True)]
         for name, row in zip(pair, found, strict=True):
             if row is None:
-                message = f"data mapping: {name}: no such row"
-                raise ConfigError(message, slug="mapping")
+                raise _unknown("data mapping", name, "row", sides[pair.index(name)])
         renames[str(found[0])] = str(found[1])
     return renames
+
+
+def _unknown(mapping: str, name: str, what: str, known: Collection[str]) -> ConfigError:
+    """The error for a name of a mapping that a side has not, with the nearest ones."""
+    near = get_close_matches(name, list(known), n=_NEAREST, cutoff=0.0)
+    hint = f"the nearest are {', '.join(near)}" if near else f"there is no {what}"
+    message = f"{mapping}: {name}: no such {what}"
+    return ConfigError(message, slug="mapping", hint=hint)
+
+
+def unknown_layers(
+    mapping: Mapping[str, str], golden: CaptureFile, candidate: CaptureFile
+) -> dict[str, ConfigError]:
+    """Names of a layer mapping that no module of their side has, with what to say."""
+    sides = [_modules(capture) for capture in (candidate, golden)]
+    return {
+        name: _unknown("layer mapping", name, "module", known)
+        for pair in mapping.items()
+        for name, known in zip(pair, sides, strict=True)
+        if not any(name in module for module in known)
+    }
+
+
+def _modules(capture: CaptureFile) -> list[str]:
+    """`path.Class` of every module, each once."""
+    names = (parse_call_name(call.c) for _, call in capture.calls())
+    return list(
+        dict.fromkeys(
+            name.path for name in names if name is not None and name.is_module
+        )
+    )
 
 
 def _by_short_name(capture: CaptureFile) -> dict[str, str]:

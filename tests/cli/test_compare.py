@@ -267,11 +267,31 @@ def test_data_mapping_pairs_rows(dumps, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
+    ("text", "name", "near"),
+    [
+        ("b.Blck: block.Block", "b.Blck", "block.Block"),
+        ("block.Block: block.Blok", "block.Blok", "block.Block"),
+    ],
+)
+def test_modules_that_no_side_has_are_told(dumps, tmp_path, capsys, text, name, near):
+    """A layer mapping whose names are nowhere is exit code 4, with the nearest."""
+    path = tmp_path / "layers.yaml"
+    path.write_text(text)
+
+    code = main(["compare", *map(str, dumps), "--layer-mapping", str(path)])
+
+    assert code == 4
+    error = capsys.readouterr().err
+    assert f"layer mapping: {name}: no such module; the nearest are" in error
+    assert near in error
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a", "expected lines"),
         ("a: [", "not a readable mapping"),
-        ("a: b", "no such row"),
+        ("a: b", "no such row; the nearest are"),
     ],
 )
 def test_wrong_mappings_are_named(dumps, tmp_path, capsys, text, message):
