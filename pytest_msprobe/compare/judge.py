@@ -236,6 +236,7 @@ class _Judge:
         verdict.failed = int(failed.sum())
         self._note_missing(pairs, limits)
         self._note_untold_choices(pairs)
+        self._note_threads(limits)
         self._note_what_is_judged(pairs.golden)
         self._settle(pairs, errors, masks)
         self._list_worst(pairs, errors, masks.judged)
@@ -372,6 +373,14 @@ class _Judge:
             self._verdict.notes.append(
                 f"{side} does not tell which experts routers chose: rows behind them "
                 "are judged as if the choices were the same; record it again"
+            )
+
+    def _note_threads(self, limits: ResolvedLimits) -> None:
+        sides = self._golden.header.provenance, self._candidate.header.provenance
+        old, new = (side.get("threads") for side in sides)
+        if limits.is_exact.any() and old != new:
+            self._verdict.notes.append(
+                f"exact rows need the golden's number of threads: {old}, here {new}"
             )
 
     def _note_what_is_judged(self, golden: Rows) -> None:

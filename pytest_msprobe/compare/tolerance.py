@@ -161,7 +161,9 @@ def resolve_limits(
             result.unmatched.append(rule)
         if rule.mode not in (None, mode):
             continue
-        _apply(rule, mask, result)
+        # Across keys bits differ: only a rule that is meant for it asks for them.
+        is_exact = rule.exact and mode in ("same", rule.mode)
+        _apply(rule, mask, result, is_exact=is_exact)
         if rule.only:
             only = mask if only is None else only | mask
     if only is not None:
@@ -169,7 +171,9 @@ def resolve_limits(
     return result
 
 
-def _apply(rule: Rule, mask: npt.NDArray[np.bool_], result: ResolvedLimits) -> None:
+def _apply(
+    rule: Rule, mask: npt.NDArray[np.bool_], result: ResolvedLimits, *, is_exact: bool
+) -> None:
     """Applies one rule to the rows that it names.
 
     A capture has one limit of log-probabilities: a rule that names any of its rows
@@ -189,7 +193,7 @@ def _apply(rule: Rule, mask: npt.NDArray[np.bool_], result: ResolvedLimits) -> N
         result.origins[metric][mask] = len(result.sources) - 1
     if rule.ignore:
         result.is_ignored |= mask
-    if rule.exact:
+    if is_exact:
         result.is_exact |= mask
         result.exact_origins[mask] = len(result.sources) - 1
 

@@ -799,6 +799,33 @@ def test_exact_rows_need_equal_checksums():
     assert verdict.worst[0].metric == "checksum"
 
 
+def test_exact_rules_hold_across_keys_only_if_they_say_so():
+    """Another key has other bits: `exact` alone is for the golden's key."""
+    golden = NETWORK.run(key=OTHER_KEY)
+    candidate = NETWORK.run(after="c", factor=1 + 1e-6)
+    exact = [Rule("r", exact=True, mode=mode) for mode in (None, "same", "cross")]
+
+    found = [verdict_of(golden, candidate, rule).status for rule in exact]
+
+    assert found == ["changed", "changed", "fail"]
+
+
+def test_exact_rules_ask_for_the_same_threads():
+    """Other threads sum in another order, which the verdict says beside its failure."""
+    sides = [
+        NETWORK.run(after=after, factor=1 + 1e-6, provenance={"threads": threads})
+        for after, threads in ((None, 1), ("c", 2))
+    ]
+
+    noted = verdict_of(*sides, Rule("r", exact=True))
+    silent = verdict_of(*sides)
+
+    text = "exact rows need the golden's number of threads: 1, here 2"
+    assert noted.status == "fail"
+    assert text in noted.notes
+    assert silent.notes == []
+
+
 def test_an_absolute_limit_forgives_what_elements_may_differ_by():
     """Rtol and atol allow what they allow each element, also where the golden is 0."""
     zero, small = np.zeros((4, 8)), np.full((4, 8), 1e-4)
