@@ -199,3 +199,22 @@ def test_other_weights_are_said_also_where_nothing_fails():
     assert verdict.status == "changed"
     (note,) = verdict.notes
     assert note.startswith("2 weights differ from the golden's, the first is a.bias")
+
+
+def test_parent_that_hands_on_another_childs_output_is_named():
+    """What a judged module returned as it should accuses the parent that mixed it up."""
+    x, y = GENERATOR.standard_normal((2, 4, 32))
+
+    def model(given):
+        calls = [
+            (captures.module("m.a"), 1, {}, {"output.0": x}),
+            (captures.module("m.b"), 1, {}, {"output.0": y}),
+            (captures.module("m.c"), 1, {"input_args.0": given}, {"output.0": -given}),
+            (captures.module("m"), 0, {}, {"output.0": -given}),
+        ]
+        return captures.capture(calls)
+
+    divergence = verdict_of(model(y), model(x)).divergence
+
+    assert (divergence.module, divergence.handed_to) == ("m", "")
+    assert divergence.between == captures.module("m.c")
