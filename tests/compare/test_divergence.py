@@ -202,7 +202,7 @@ def test_other_weights_are_said_also_where_nothing_fails():
 
 
 def test_parent_that_hands_on_another_childs_output_is_named():
-    """What a judged module returned as it should accuses the parent that mixed it up."""
+    """A judged module that returned what it should accuses the parent that mixed up."""
     x, y = GENERATOR.standard_normal((2, 4, 32))
 
     def model(given):
