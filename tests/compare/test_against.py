@@ -74,6 +74,23 @@ def test_quantization_widens_the_limits():
     assert "quantization" in verdict.notes[0]
 
 
+@pytest.mark.parametrize(("other", "kind"), [("fp8", "origin"), (None, "weights")])
+def test_weights_of_a_quantized_checkpoint_are_no_finding(other, kind):
+    """Of two checkpoints on purpose the first module that is off is named."""
+    plain = network(provenance={"quantization": None}, weights={"a": {"a.w": "1"}})
+    candidate = network(
+        after="b.y",
+        factor=1.5,
+        provenance={"quantization": other},
+        weights={"a": {"a.w": "2"}},
+    )
+
+    divergence = judge_against(plain, candidate).divergence
+
+    assert divergence.kind == kind
+    assert divergence.module == {"origin": "b.y", "weights": "a"}[kind]
+
+
 def test_architecture_may_differ():
     """Another class of the model is a change, no reason not to compare."""
     other = {**BFLOAT16, "model": {**BFLOAT16["model"], "architecture": "Other"}}
