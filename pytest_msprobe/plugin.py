@@ -11,7 +11,13 @@ import pytest
 
 from pytest_msprobe.compat import import_first_folders
 from pytest_msprobe.errors import MsprobeError
-from pytest_msprobe.session import CALIBRATION, MARKER, SESSION, MsprobeSession
+from pytest_msprobe.session import (
+    CALIBRATION,
+    MARKER,
+    NOTE,
+    SESSION,
+    MsprobeSession,
+)
 
 _FIXTURES = {"msprobe", "msprobe_engine"}
 # Set by the command pytest-msprobe: a file to note the run folder in.
@@ -285,6 +291,12 @@ def _shorten(
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None and isinstance(error, pytest.fail.Exception):
         crash.message = crash.message.removeprefix("Failed: ")
+    # What died says more than the error that vLLM then raised somewhere.
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith(NOTE)]
+    if crash is not None and notes:
+        first, *rest = crash.message.splitlines()
+        first = f"{first} ({notes[0].removeprefix(NOTE)})"
+        crash.message = "\n".join([first, *rest])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["MsprobeSession | None"]()
 MARKER = "msprobe"
+# How what is added to an error of a dead engine begins.
+NOTE = "msprobe: "
 # Set by the command pytest-msprobe calibrate.
 CALIBRATION = "MSPROBE_CALIBRATION"
 _PACKAGE = "pytest_msprobe."
@@ -200,10 +202,10 @@ class Capture:
         )
 
         if is_core_dead(self.llm):
-            error.add_note("msprobe: the core process of the engine died")
+            error.add_note(f"{NOTE}the core process of the engine died")
         lines = describe_ranks(self.folder)
         for line in lines:
-            error.add_note(f"msprobe: {line}")
+            error.add_note(f"{NOTE}{line}")
         if is_core_dead(self.llm) or any(" died " in line for line in lines):
             clear_progress(self.folder)
 

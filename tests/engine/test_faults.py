@@ -69,15 +69,22 @@ def during_step(module, number, action):
     module.forward = forward
 
 
-def kill_later(title, folder):
-    """Kills the process of this title once some steps are there."""
+def act_later(folder, action):
+    """Acts once some steps are there."""
     def run():
         while not (folder / "step5").exists():
             time.sleep(0.01)
+        action()
+    threading.Thread(target=run).start()
+
+
+def kill_later(title, folder):
+    """Kills the process of this title once some steps are there."""
+    def kill():
         for child in psutil.Process().children(recursive=True):
             if title in " ".join(child.cmdline()):
                 child.kill()
-    threading.Thread(target=run).start()
+    act_later(folder, kill)
 '''
 
 IN_PROCESS = """
@@ -192,7 +199,7 @@ def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA",
          "--msprobe-config", "msprobe.yaml", "--msprobe-update=new", *arguments],
         cwd=pytester.path,
-        env=environment,
+        env={"COLUMNS": "250", **environment},
         capture_output=True,
         text=True,
         timeout=150,
@@ -287,38 +294,91 @@ def test_after_killed(msprobe_engine, msprobe):
 """
 
 
-@pytest.mark.parametrize(
-    ("title", "more", "variables", "expected"),
-    [
-        ("VLLM::EngineCore", "seed: 0", {}, r"the core process of the engine died"),
-        (
-            "VLLM::Worker_TP1",
-            "tensor_parallel_size: 2",
-            {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-            r"rank 1 \(process \d+\) died in step \d+, (last call \w+\.|before the)",
-        ),
-    ],
-)
-def test_killed_processes(pytester, tokens, title, more, variables, expected):
-    """A killed process is named with its last call; complete steps survive it."""
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables}
-    expected_tokens = tokens
-    if more != "seed: 0":  # sums are split over ranks: only the count is known
-        expected_tokens = "tokens[:0] + tokens"
-    tests = KILLED.replace("{title}", title)
-    done = run(pytester, expected_tokens, tests, more=more, **variables)
+OTHER_PROCESSES = """
+def limit_workers(size):
+    for child in psutil.Process().children(recursive=True):
+        if "VLLM::Worker" in " ".join(child.cmdline()):
+            child.rlimit(psutil.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    found = outcomes(done)
-    assert found == {"test_killed": "FAILED", "test_after_killed": "PASSED"}, (
-        done.stdout[-6000:]
-    )
-    notes = re.findall(r"msprobe: .*", done.stdout)
-    assert any(re.match(f"msprobe: {expected}", note) for note in notes), notes
+
+def test_full_disk(msprobe_engine, msprobe):
+    try:
+        with msprobe.capture(msprobe_engine):
+            generate(msprobe_engine, 2)
+            limit_workers(50_000)
+            generate(msprobe_engine, 2)
+    finally:
+        limit_workers(resource.RLIM_INFINITY)
+
+
+def test_after_full_disk(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+
+
+@pytest.mark.msprobe(decode_steps="all")
+def test_timeout(msprobe_engine, msprobe):
+    def alarm(*_):
+        raise TimeoutError("the test took too long")
+
+    signal.signal(signal.SIGALRM, alarm)
+    with msprobe.capture(msprobe_engine) as capture:
+        act_later(capture.folder, lambda: signal.setitimer(signal.ITIMER_REAL, 1e-4))
+        generate(msprobe_engine, 100)
+
+
+def test_after_timeout(msprobe_engine, msprobe):
+    healthy(msprobe_engine, msprobe)
+"""
+
+
+def test_faults_of_an_engine_in_other_processes(pytester, tokens):
+    """Full disk and timeout fail their own test; killing the core fails the third."""
+    tests = OTHER_PROCESSES + KILLED.replace("{title}", "VLLM::EngineCore")
+    done = run(pytester, tokens, tests, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+
+    expected = {}
+    for name in ("full_disk", "timeout", "killed"):
+        expected |= {f"test_{name}": "FAILED", f"test_after_{name}": "PASSED"}
+    assert outcomes(done) == expected, done.stdout[-6000:]
+    assert "the dump could not be written: [Errno 27] File too large" in done.stdout
+    assert "TimeoutError: the test took too long" in done.stdout
+    assert complete_steps(capture_folder(pytester, "test_full_disk")) == {0, 1}
+    assert complete_steps(capture_folder(pytester, "test_timeout")) >= {0, 1, 2, 3}
+    assert "msprobe: the core process of the engine died" in done.stdout
+    assert_complete_up_to_the_kill(done, capture_folder(pytester, "test_killed"))
+
+
+def assert_complete_up_to_the_kill(done, folder):
+    """Where a rank stood is said; every step before that is readable."""
     assert re.search(r"msprobe: rank \d .* in step \d+", done.stdout)
-    steps = complete_steps(capture_folder(pytester, "test_killed"))
+    steps = complete_steps(folder)
     assert len(steps) >= 5
     assert steps == set(range(len(steps)))
-    assert not list(capture_folder(pytester, "test_killed").glob("capture*.jsonl"))
+    assert not list(folder.glob("capture*.jsonl"))
+
+
+@pytest.mark.parametrize("is_core_alone", ["0", "1"])
+def test_a_killed_worker(pytester, tokens, is_core_alone):
+    """A killed rank is named with its last call, wherever the engine's core runs."""
+    done = run(
+        pytester,
+        "tokens[:0] + tokens",  # sums are split over ranks: only the count is known
+        KILLED.replace("{title}", "VLLM::Worker_TP1"),
+        more="tensor_parallel_size: 2",
+        VLLM_ENABLE_V1_MULTIPROCESSING=is_core_alone,
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )
+
+    expected = {"test_killed": "FAILED", "test_after_killed": "PASSED"}
+    assert outcomes(done) == expected, done.stdout[-6000:]
+    notes = re.findall(r"msprobe: .*", done.stdout)
+    died = r"msprobe: rank 1 \(process \d+\) died in step \d+, (last call \w+\.|before)"
+    assert any(re.match(died, note) for note in notes), notes
+    summary = (
+        r"^FAILED test_it\.py::test_killed - \w+: .* \(rank 1 \(process \d+\) died"
+    )
+    assert re.search(summary, done.stdout, re.MULTILINE), done.stdout[-3000:]
+    assert_complete_up_to_the_kill(done, capture_folder(pytester, "test_killed"))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
