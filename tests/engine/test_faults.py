@@ -202,7 +202,7 @@ def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
         env={"COLUMNS": "250", **environment},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )  # fmt: skip
     deadline = time.monotonic() + 15

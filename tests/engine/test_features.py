@@ -208,49 +208,53 @@ def test_lora(demo_model, tmp_path):
     assert verdict.divergence.module.startswith("model.layers.0.mlp.down_proj")
 
 
-def write_paligemma(maker, folder):
-    """A tiny PaliGemma without weights: SigLIP's layers in front of Gemma's."""
+def write_blip2(maker, folder):
+    """A tiny BLIP-2 without weights: an encoder of images in front of OPT's layers."""
     files = maker.tokenizer_files()
     image = dict(files["tokenizer.json"]["added_tokens"][0])
     image |= {"id": maker.VOCABULARY, "content": "<image>"}
     files["tokenizer.json"]["added_tokens"].append(image)
-    files["tokenizer_config.json"]["extra_special_tokens"] = {"image_token": "<image>"}
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_image_tokens": 4,
+    }
+    vision = {"model_type": "blip_2_vision_model", "image_size": 28, "patch_size": 14}
+    between = {
+        "model_type": "blip_2_qformer",
+        "vocab_size": maker.VOCABULARY + 64,
+        "cross_attention_frequency": 1,
+        "encoder_hidden_size": 128,
     }
     text = {
-        "model_type": "gemma",
-        "vocab_size": 2048,  # the processor adds tokens for places
-        "num_key_value_heads": 1,
-        "head_dim": 32,
+        "model_type": "opt",
+        "vocab_size": maker.VOCABULARY + 64,
+        "ffn_dim": 192,
+        "word_embed_proj_dim": 128,
         "max_position_embeddings": 256,
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "image_size": 28,
-        "patch_size": 14,
-        "projection_dim": 128,
-        "vision_use_head": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
     }
     files["config.json"] = {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": 4,
         "image_token_index": image["id"],
-        "projection_dim": 128,
-        "hidden_size": 128,
-        "text_config": {**text, **sizes},
+        "use_decoder_only_language_model": True,
         "vision_config": {**vision, **sizes},
+        "qformer_config": {**between, **sizes},
+        "text_config": {**text, **sizes},
     }
     files["preprocessor_config.json"] = {
-        "image_processor_type": "SiglipImageProcessor",
+        "image_processor_type": "BlipImageProcessor",
         "size": {"height": 28, "width": 28},
-        "image_seq_length": 4,
     }
-    files["processor_config.json"] = {"processor_class": "PaliGemmaProcessor"}
+    files["processor_config.json"] = {
+        "processor_class": "Blip2Processor",
+        "num_query_tokens": 4,
+    }
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -262,7 +266,7 @@ def test_requests_with_images_are_refused(demo_model, tmp_path):
     from PIL import Image
     from vllm import SamplingParams
 
-    folder = write_paligemma(tools.example("tiny_qwen2"), tmp_path / "model")
+    folder = write_blip2(tools.example("tiny_qwen2"), tmp_path / "model")
     parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     prompt = {
         "prompt": "what is there",
