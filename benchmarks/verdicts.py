@@ -197,7 +197,7 @@ def try_faults(trial, family, folder, task):
                 skipped.append([kind.name, "", "no place in this model"])
     at_level(trial, "mix")
     (golden,) = trial.capture()
-    order = operators_of(golden)
+    known = operators_of(golden)
     files = task["goldens"].get(family, {})
     goldens = {level: read_capture(Path(path)) for level, path in files.items()}
     lines, clean = [], []
@@ -209,7 +209,7 @@ def try_faults(trial, family, folder, task):
         for place, size, moved in plan:
             lines.append(try_one(trial, golden, place, size, moved))
             lines[-1] |= {"level": level}
-            lines[-1]["is_right"] = is_right(place, lines[-1], order)
+            lines[-1]["is_right"] = is_right(place, lines[-1], known)
         clean.append([level, *judged(trial, golden, trial.capture()[0])])
     return {
         "lines": lines,
@@ -265,52 +265,59 @@ def try_one(trial, golden, place, size, moved):
 
 
 def operators_of(capture):
-    """Operators in the order of execution: (step, call, paths of modules around it)."""
+    """What a clean capture at mix knows of operators.
+
+    Returns:
+        By step: operators in the order of execution, each with its name, the paths of
+        the modules around it and the tensors it is given; and the tensors that each
+        module returned, by path.
+    """
     from pytest_msprobe.compare.divergence import enclosing_calls
     from pytest_msprobe.model.names import parse_call_name
 
     by_step = defaultdict(list)
     for step, call in capture.calls():
         by_step[step].append(call)
-    found = []
+    operators, returned = defaultdict(list), defaultdict(set)
     for step, calls in by_step.items():
         parents = enclosing_calls(calls)
-        for number, call in enumerate(calls):
+        paths = []
+        for call in calls:
             name = parse_call_name(call.c)
-            if name is not None and name.is_module:
+            paths.append(name.module_path if name and name.is_module else None)
+        for number, call in enumerate(calls):
+            if paths[number] is not None:
+                returned[step, paths[number]].update(*call.o.values())
                 continue
             around, node = [], parents[number]
             while node >= 0:
-                name = parse_call_name(calls[node].c)
-                if name is not None and name.is_module:
-                    around.append(name.module_path)
+                around.append(paths[node])
                 node = parents[node]
-            found.append((step, call.c, around))
-    return found
+            given = {tensor for ids in call.i.values() for tensor in ids}
+            operators[step].append((call.c, around, given))
+    return operators, returned
 
 
-def is_right(place, line, order):
+def is_right(place, line, known):
     """Whether the guilty module is named.
 
     At L1 nothing is recorded of modules: then an operator inside the module that was
-    changed has to be named, or the next one that is given what it returned.
+    changed has to be named, or one that is given what it returned, views of which may
+    be up to three operators away.
     """
     if not line["is_caught"]:
         return False
     if line["level"] != "L1":
         return line["named"] == place.guilty
-    step = line["step"]
-    operators = [entry for entry in order if entry[0] == step]
-    names = [name for _, name, _ in operators]
-    if line["call"] not in names:
-        return False
-    number = names.index(line["call"])
-    inside = [place.called in around for _, _, around in operators]
-    if inside[number]:
-        return True
-    # What hands a tensor on unchanged (views, splits) may stand in between.
-    before = [n for n in range(number) if inside[n]]
-    return bool(before) and number - before[-1] <= HANDED_ON
+    operators, returned = known
+    inside = [place.called in around for _, around, _ in operators[line["step"]]]
+    for number, (name, _, given) in enumerate(operators[line["step"]]):
+        if name != line["call"]:
+            continue
+        before = [n for n in range(number + 1) if inside[n]]
+        is_near = bool(before) and number - before[-1] <= HANDED_ON
+        return is_near or bool(given & returned[line["step"], place.called])
+    return False
 
 
 HANDED_ON = 3
