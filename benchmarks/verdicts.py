@@ -40,7 +40,7 @@ PARTS = ("faults", "cross", "benign")
 LEVELS = ("L0", "L1", "mix")
 PLACES = 3
 SEED = 20261126
-SETS = 10
+SETS = 12
 TOKENS = 2
 # Sizes of the faults; those of a kind that are not named are its usual one.
 SAME_SIZES = {"weight_row": (0.01, 0.25)}
@@ -79,6 +79,7 @@ BENIGN = {
         False,
     ),
     "custom_ops none": (PLAIN, {"compilation_config": {"custom_ops": ["none"]}}, False),
+    "AVX512-bf16": (AVX512_BF16, {}, False),
     "AVX512 without bf16": (AVX512, {}, False),
     "AVX2": (AVX2, {}, False),
     "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
@@ -251,15 +252,12 @@ def try_one(trial, golden, place, size, moved):
         (candidate,) = trial.capture()
     verdict = trial.judge([golden], [candidate])
     attempt = described(verdict, size, moved)
+    finding = verdict.divergence.finding if verdict.divergence else None
     return {
         "fault": place.kind,
         "guilty": place.guilty,
         "called": place.called,
-        "argument": place.argument,
-        "step": getattr(getattr(verdict.divergence, "finding", None), "row", None)
-        and verdict.divergence.finding.row.step,
-        "between": verdict.divergence.between if verdict.divergence else "",
-        "tokens": float(verdict.tokens.largest) > float(verdict.tokens.allowed),
+        "step": finding.row.step if finding else None,
         **attempt.as_json(),
     }
 
@@ -381,6 +379,7 @@ def benign(models, folder):
     """Harmless changes; one line a judgement."""
     groups = defaultdict(dict)  # a process for each kind of machine
     for family, model in models.items():
+        # Of this machine as it is.
         groups[json.dumps(PLAIN)][f"{family}-base"] = (model, {}, False)
         for name, (machine, engine, is_batch) in BENIGN.items():
             run = (model, engine, is_batch)
@@ -406,16 +405,29 @@ def benign(models, folder):
 def judge_sets(old, new):
     """What the gate says of a capture; each side is a list of files, by rank."""
     from pytest_msprobe.compare.against import judge_against
-    from pytest_msprobe.compare.judge import judge
+    from pytest_msprobe.compare.judge import judge, measure_noise
     from pytest_msprobe.compare.ranks import combine_ranks
     from pytest_msprobe.dump.capture import read_capture
 
     goldens, candidates = ([read_capture(Path(p)) for p in side] for side in (old, new))
+    golden, candidate = goldens[0], candidates[0]
     if len(candidates) > 1:
-        verdict = judge_against(combine_ranks(goldens), combine_ranks(candidates))
-    else:
-        verdict = judge(goldens[0], candidates[0]).verdict
+        golden, candidate = combine_ranks(goldens), combine_ranks(candidates)
+    is_alike = golden.header.provenance.keys() == candidate.header.provenance.keys()
+    if is_alike and len(candidates) == 1:
+        verdict = judge(golden, candidate).verdict
+    else:  # other kernels or ranks: A against B
+        verdict = judge_against(golden, candidate)
+    noise = measure_noise(golden, candidate)
+    is_float = noise.pairs.candidate.with_property(
+        noise.pairs.new[noise.rows], lambda line: len(line.v) > 2
+    )
     return {
+        "greatest": {
+            metric: float(errors[is_float].max(initial=0.0))
+            for metric, errors in noise.errors.items()
+        },
+        "logprob": float(verdict.tokens.largest),
         "mode": verdict.mode,
         "is_green": verdict.is_green,
         "judged": verdict.judged,

@@ -173,12 +173,22 @@ def provenance(runner: Any, device: torch.device) -> dict[str, Any]:
         "quantization": runner.vllm_config.model_config.quantization,
         "probe": numeric_probe(device),
         "threads": torch.get_num_threads(),
+        **_custom_ops(runner),
         "cpu": info.get("model name", platform.machine()),
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _custom_ops(runner: Any) -> dict[str, list[str]]:
+    """Which of vLLM's own kernels are switched off; empty where all are on."""
+    compilation = runner.vllm_config.compilation_config
+    chosen = [str(name) for name in getattr(compilation, "custom_ops", None) or ()]
+    if "none" not in chosen:
+        chosen = [name for name in chosen if name.startswith("-")]
+    return {"custom_ops": sorted(chosen)} if chosen else {}
 
 
 def attention_backends(runner: Any) -> list[str]:
