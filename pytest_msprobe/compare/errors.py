@@ -46,12 +46,14 @@ class _Measured:
     Attributes:
         errors: By metric.
         noise: (m, 5) noise of the golden's tensors, metrics in their order.
+        count: (m,) elements of the golden's tensors.
         floor: By metric, what storing the numbers adds to the limit.
         reasons: What no tolerance allows.
     """
 
     errors: dict[str, Error]
     noise: _F64
+    count: _F64
     floor: dict[str, _F64]
     reasons: npt.NDArray[np.int8]
 
@@ -119,6 +121,7 @@ class Errors:
         return _Measured(
             {name: error.at(place) for name, error in errors.items()},
             noise[place],
+            old.count[place],
             {
                 n: v[place]
                 for n, v in floors(old, new, is_dump=self._pairs.is_dump).items()
@@ -146,7 +149,7 @@ class Errors:
         for number, name in enumerate(ROW_METRICS):
             error = measured.errors[name]
             observed, floor = error.relative, measured.floor[name]
-            rule = self._limits.limits[name][index]
+            rule = self._rule(name, index, measured.count)
             absolute = self._limits.absolute[name][index]
             noise = measured.noise[:, number]
             is_open = np.isposinf(rule)
@@ -176,6 +179,19 @@ class Errors:
         self.ratio[index] = worst
         self.rel_l2[index] = measured.errors["rel_l2"].relative
         self._check_exactly(index, measured.reasons)
+
+    def _rule(self, name: str, index: _I64, count: _F64) -> _F64:
+        """What the rules allow some rows.
+
+        Norms, means and extremes of a few elements are hardly averages: by default
+        they may be off by what an element may, rel_l2 / sqrt(elements), at least.
+        """
+        limits = self._limits
+        rule: _F64 = limits.limits[name][index]
+        is_default = limits.origins[name][index] == 0
+        is_default &= limits.origins["rel_l2"][index] == 0
+        least = limits.limits["rel_l2"][index] / np.sqrt(np.maximum(count, 1.0))
+        return np.where(is_default, np.maximum(rule, least), rule)
 
     def _check_exactly(self, index: _I64, reasons: npt.NDArray[np.int8]) -> None:
         """What no tolerance allows: other dtype, shape, NaN counts, integers."""

@@ -54,6 +54,19 @@ def test_other_dtype_is_levelled(swapped):
     assert ("model.dtype", "bfloat16", "float32") in verdict.changes or swapped
 
 
+def test_other_kernels_round_otherwise():
+    """With vLLM's own kernels off on one side the limits for another key hold."""
+    off = {"provenance": {"custom_ops": ["none"]}}
+
+    verdict = judge_against(network(), network(after="b.y", factor=1.01, **off))
+
+    assert verdict.status == "changed"
+    assert verdict.mode == "cross"
+    assert "custom_ops" in verdict.notes[0]
+    alike = judge_against(network(**off), network(after="b.y", factor=1.01, **off))
+    assert (alike.status, alike.mode) == ("fail", "same")
+
+
 def test_fault_beside_another_dtype_is_named():
     """A fault is found between a float32 and a bfloat16 engine too."""
     wide = as_float32(network(signature=FLOAT32))

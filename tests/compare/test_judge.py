@@ -318,6 +318,37 @@ def test_rescheduled_captures_have_wider_limits():
     assert "batched or chunked differently" in verdict.notes[0]
 
 
+def across_keys(golden, candidate, rules=()):
+    """The verdict on one module's output, across keys."""
+    sides = [
+        capture([(module("m"), 0, {}, {"output.0": x})], key=key)
+        for x, key in ((golden, KEY), (candidate, OTHER_KEY))
+    ]
+    return verdict_of(*sides, *rules)
+
+
+@pytest.mark.parametrize("size", [1, 4, 128])
+def test_few_elements_are_no_average(size):
+    """Across keys norms and means of few elements may be off by what elements may."""
+    x = np.random.default_rng(1).standard_normal((1, size))
+    change = 0.045 / np.sqrt(size)
+
+    assert across_keys(x, x * (1 + change)).is_green
+    assert not across_keys(x, x * (1 + 0.06)).is_green
+    rule = Rule("own", limits={"norm": 1e-3})
+    verdict = across_keys(x, x * (1 + change), [rule])
+    assert (verdict.status, verdict.worst[0].rule) == ("fail", "own")
+
+
+def test_unlimited_distance_leaves_other_defaults():
+    """A rule that lets every distance pass does not widen the default of the norm."""
+    x = np.random.default_rng(1).standard_normal((1, 128))
+
+    verdict = across_keys(x, x * 1.1, [Rule("own", limits={"rel_l2": np.inf})])
+
+    assert verdict.worst[0].metric in ("norm", "max", "min")
+
+
 SMALL = 1.005
 
 
