@@ -7,6 +7,7 @@ a call then costs a lookup and the kernel.
 
 import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -274,7 +275,10 @@ class Measurer:
         row_class = self._classify(plan.first, refuted, slot)
         if plan.kind < 0 or tensor.is_neg():
             return self._measure_slowly(tensor, plan, row_class, role)
-        address = tensor.data_ptr()
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError:
+            return self._measure_transformed(tensor, role)
         storage = address - int(tensor.storage_offset()) * plan.size
         return self.add(tensor, plan, row_class, address, storage, role)
 
@@ -586,6 +590,23 @@ class Measurer:
             return self._measure_slowly(plain, Plan(plain), "neither", role)
         except (RuntimeError, NotImplementedError, TypeError):
             return self.describe_only(tensor, role)
+
+    def _measure_transformed(
+        self, tensor: torch.Tensor, role: Role
+    ) -> Measured | TensorValue:
+        """A tensor inside vmap or grad: what it stands for, under its own name."""
+        functorch = torch._C._functorch  # noqa: SLF001 - torch has no other access
+        plain = tensor
+        while functorch.is_functorch_wrapped_tensor(plain):
+            plain = functorch.get_unwrapped(plain)
+        if plain is tensor:
+            return self.describe_only(tensor, role)
+        is_batched = functorch.is_batchedtensor(tensor)
+        name = "BatchedTensor" if is_batched else "GradTrackingTensor"
+        value = self.measure(plain, {0}, 0, role)
+        if isinstance(value, Measured):
+            value = to_value(value, self.token_pieces, self.sample_pieces)
+        return replace(value, type_name=name, requires_grad=tensor.requires_grad)
 
     def backend(self, device_type: str) -> Backend:
         """The backend for a kind of device."""

@@ -454,3 +454,28 @@ def test_other_threads_are_not_recorded(tmp_path):
         thread.join()
 
     assert calls_of(run, tmp_path) == {}
+
+
+def test_tensors_inside_a_transform_have_rows(tmp_path):
+    """Inside vmap and grad a tensor shows what it stands for, and what it is."""
+    x = torch.ones(3)
+
+    def run():
+        torch.vmap(lambda t: t.exp())(x)
+        torch.func.grad(lambda t: t.sin().sum())(x)
+        x.cos()
+
+    calls = calls_of(run, tmp_path, model=Model(), level="mix")
+
+    inputs = {
+        name: (call.input_args[0].type_name, call.input_args[0].shape)
+        for name, call in calls.items()
+        if call.kind == "forward"
+    }
+    assert inputs == {
+        "Tensor.exp.0.forward": ("BatchedTensor", (3,)),
+        "Tensor.sin.0.forward": ("GradTrackingTensor", (3,)),
+        "Tensor.sum.0.forward": ("GradTrackingTensor", (3,)),
+        "Tensor.cos.0.forward": ("torch.Tensor", (3,)),
+    }
+    assert calls["Tensor.exp.0.forward"].input_args[0].rows[0, 0] == 1.0
