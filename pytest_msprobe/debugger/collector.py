@@ -53,6 +53,7 @@ from pytest_msprobe.model.segments import (
 if TYPE_CHECKING:
     from pytest_msprobe.debugger.backward import Backward
     from pytest_msprobe.debugger.bench import Bench
+    from pytest_msprobe.debugger.functions import FunctionMode
     from pytest_msprobe.debugger.load import Loader
     from pytest_msprobe.debugger.progress import Progress
     from pytest_msprobe.model.shards import Places
@@ -93,6 +94,7 @@ class Collector:
         unseen: How many calls run inside which writes are not seen.
         forward_range: First and last forward that are recorded, None for all.
         generation: How many steps have begun.
+        mode: Sees the functions of the thread in which it is entered; None for none.
         backward: Records gradients, None where there are none to record.
         bench: An earlier dump that calls are held against, None for none.
         loader: Replaces inputs of modules, None where none are.
@@ -117,6 +119,7 @@ class Collector:
         self.unseen = 0
         self.forward_range: tuple[int, int] | None = None
         self._forwards = 0
+        self.mode: FunctionMode | None = None
         self.backward: Backward | None = None
         self.bench: Bench | None = None
         self.loader: Loader | None = None
@@ -226,6 +229,30 @@ class Collector:
             and self.error is None
             and (self.bench is None or not self.bench.is_finished)
         )
+
+    def enter_thread(self) -> int | None:
+        """The model runs in this thread; returns the one whose calls were recorded.
+
+        None where it is the same. Only one thread at a time may run the model.
+        """
+        before, own = self.thread, threading.get_ident()
+        if before == own:
+            return None
+        self.thread = own
+        if self.mode is not None:
+            self.mode.enter()
+        return before
+
+    def leave_thread(self, before: int | None) -> None:
+        """It runs here no more.
+
+        Args:
+            before: What `enter_thread` returned.
+        """
+        if before is not None:
+            self.thread = before
+            if self.mode is not None:
+                self.mode.leave()
 
     def pause(self) -> None:
         """Stops recording, the step stays open."""

@@ -146,6 +146,7 @@ class ModuleWrappers:
                 collector.count_forward()
             if not collector.is_recording:
                 return original(*args, **kwargs)
+            thread = collector.enter_thread()
             try:
                 collector.enter_forward(_input_rows(args, kwargs))
             except Exception as error:  # noqa: BLE001 - never into the model
@@ -154,6 +155,7 @@ class ModuleWrappers:
                 return original(*args, **kwargs)
             finally:
                 collector.set_phase("after")
+                collector.leave_thread(thread)
 
         return MethodType(forward, root)
 

@@ -104,12 +104,13 @@ class Recording:
     def leave_functions(self) -> None:
         """Stops recording functions; modules go on."""
         mode, self._mode = self._mode, None
+        self._recorder.collector.mode = None
         if mode is not None:
             mode.leave()
 
     def enter_functions(self) -> None:
         """Records functions again."""
-        self._mode = self._recorder.mode
+        self._mode = self._recorder.collector.mode = self._recorder.mode
         if self._mode is not None:
             self._mode.enter()
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who wrote a tensor's memory, and when it is measured again."""
 
+import json
 import threading
 
 import pytest
 import torch
 
+from pytest_msprobe import PrecisionDebugger
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.assemble import assemble
 from pytest_msprobe.debugger.recorder import Recorder
@@ -169,6 +171,39 @@ def test_a_model_may_run_in_another_thread(tmp_path, level):
         for step in run(tmp_path, model, inputs, level=level, call=call):
             (result,) = call_of(step, ".child.").output
             assert result.rows[0, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_a_model_may_run_in_another_thread_than_start(tmp_path, level):
+    """Its modules and functions are recorded, each result before it is overwritten."""
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Sequential(Overwriter()), torch.ones(2, 4)
+    expected = model[0].child(inputs).max().item()
+    PrecisionDebugger.reset()
+    debugger = PrecisionDebugger(dump_path=str(tmp_path), level=level)
+    for _ in range(2):
+        debugger.start(model=model)
+        torch.exp(inputs)
+        in_a_thread(lambda: model(inputs))
+        in_a_thread(lambda: torch.exp(inputs))
+        torch.exp(inputs)
+        debugger.stop()
+        debugger.step()
+    PrecisionDebugger.reset()
+
+    for path in tmp_path.rglob("dump.json"):
+        data = json.loads(path.read_text())["data"]
+        (result,) = data["Module.0.child.Linear.forward.0"]["output"]
+        assert result["Max"] == pytest.approx(expected)
+        if level == "mix":
+            assert list(data) == [
+                "Torch.exp.0.forward",
+                "Functional.linear.0.forward",
+                "Module.0.child.Linear.forward.0",
+                "Tensor.mul_.0.forward",
+                "Module.0.Overwriter.forward.0",
+                "Torch.exp.1.forward",
+            ]
 
 
 class Pooling(torch.nn.Module):
