@@ -33,11 +33,25 @@ class Backward:
 
     # Functions -----------------------------------------------------------------
 
-    def watch_function(self, forward: RawCall, result: Any) -> None:
-        """Records the backward of a function's call: of its first output's node."""
+    def watch_function(
+        self, forward: RawCall, result: Any, *, args: Gradients, written: Gradients
+    ) -> None:
+        """Records the backward of a function's call: of its first output's node.
+
+        A result that is an argument as it was (dropout of nothing) has no node of its
+        own.
+
+        Args:
+            forward: The call.
+            result: What it returned.
+            args: Its positional arguments.
+            written: Those that it wrote.
+        """
         first = next(iter(_tensors(result)), None)
         node = first.grad_fn if first is not None else None
         if node is None:
+            return
+        if any(first is a for a in args) and not any(first is w for w in written):
             return
 
         def note(inputs: Gradients, outputs: Gradients) -> None:
@@ -199,7 +213,7 @@ class ModulePass:
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._outputs: list[bool] = []
-        self._watches: list[Any] = []
+        self._behind: Any = None
         if not any(self._needs):
             return
         self.args = tuple(
@@ -215,8 +229,7 @@ class ModulePass:
             for view in self._views
         ]
         watch = torch.autograd.graph.register_multi_grad_hook
-        for tensors in (self._views, behind):
-            self._watches.append(watch(tensors, backward.guarded(self._end)))
+        self._behind = watch(behind, backward.guarded(self._end))
 
     def watch(self, result: Any) -> None:
         """The call has ended."""
@@ -226,14 +239,16 @@ class ModulePass:
             view._version != version  # noqa: SLF001
             for view, version in zip(self._views, self._versions, strict=True)
         )
-        if self._watches:
-            self._watches[0 if is_in_place else 1].remove()
         wanted = [t for t in outputs if t.requires_grad]
         if is_in_place:
             wanted = [_behind(t) for t in wanted]
+        watch = torch.autograd.graph.register_multi_grad_hook
         if wanted:
-            watch = torch.autograd.graph.register_multi_grad_hook
             watch(wanted, self._backward.guarded(self._begin))
+        if self._behind is not None and not is_in_place:
+            # Behind `_begin`: what a module returns may be the very view it was given.
+            self._behind.remove()
+            watch(self._views, self._backward.guarded(self._end))
 
     def _begin(self, gradients: Gradients) -> None:
         self._running = self._backward.begin(self._forward)

@@ -704,7 +704,9 @@ def _record_one(
         try:
             collector.log_outputs(call, result, written)
             if collector.backward is not None and torch.is_grad_enabled():
-                collector.backward.watch_function(call, result)
+                collector.backward.watch_function(
+                    call, result, args=args, written=written
+                )
             if not selection.is_trivial:
                 selection.leave(call.name, is_module=False)
         except Exception as error:  # noqa: BLE001 - never into the model

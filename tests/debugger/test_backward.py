@@ -210,3 +210,53 @@ def test_a_backward_after_stop_is_not_recorded(tmp_path):
     (rank,) = (tmp_path / "step0").iterdir()
     names = json.loads((rank / "dump.json").read_text())["data"]
     assert not any("backward" in name or "grad" in name for name in names)
+
+
+class Passes(torch.nn.Module):
+    """Returns its first argument as it is, beside something computed."""
+
+    def forward(self, x, y):
+        return x, x * y
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_what_is_passed_on_unchanged_has_its_gradients(tmp_path, level):
+    """A module that returns its input has the gradient once as input and as output."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Identity())
+    model.append(torch.nn.Dropout(0.0))
+    x = torch.randn(3, 2, requires_grad=True)
+
+    data, found = record(
+        tmp_path, model, lambda m: m(x).square().sum().backward(), level
+    )
+
+    upstream = 2 * model(x).detach()
+    for name in ("Module.2.Dropout.backward.0", "Module.1.Identity.backward.0"):
+        assert torch.allclose(found[f"{name}.input.0"], upstream)
+        assert torch.allclose(found[f"{name}.output.0"], upstream)
+    assert not any("dropout" in name and "backward" in name for name in data)
+    backward = [name for name in data if ".backward" in name and "Module" in name]
+    assert backward == [
+        "Module.2.Dropout.backward.0",
+        "Module.1.Identity.backward.0",
+        "Module.0.Linear.backward.0",
+    ]
+
+
+def test_a_result_that_is_an_argument_counts_as_both(tmp_path):
+    """The gradient of a passed argument is that of the result, the sum of its uses."""
+    model = torch.nn.Sequential()
+    model.passes = Passes()
+    x = torch.randn(3, requires_grad=True)
+    y = torch.randn(3, requires_grad=True)
+
+    def run(m):
+        first, second = m.passes(x, y)
+        (first.sum() + 2 * second.sum()).backward()
+
+    _, found = record(tmp_path, model, run, level="L0")
+
+    name = "Module.passes.Passes.backward.0"
+    assert torch.equal(found[f"{name}.input.1"], torch.full((3,), 2.0))
+    assert torch.equal(found[f"{name}.output.0"], x.grad)
+    assert torch.equal(found[f"{name}.output.1"], y.grad)
