@@ -6,10 +6,15 @@ A module gets views of its inputs, so that what flows back through the module ca
 told from what flows back to the same tensor by other ways (a residual).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.raw import CallSite, RawCall
@@ -288,3 +293,52 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     elif isinstance(value, list | tuple):
         items = value
     return [tensor for item in items for tensor in _tensors(item)]
+
+
+_CLIPPING = "clip_grad_norm_"
+
+
+class Regions:
+    """Marks calls of optimizers and of gradient clipping, which no module makes."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._handles: list[Any] = []
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def install(self) -> None:
+        """Marks them from now on."""
+        enter, leave = self._turn("optimizer"), self._turn("")
+        self._handles = [
+            register_optimizer_step_pre_hook(enter),
+            register_optimizer_step_post_hook(leave),
+        ]
+        for place in (torch.nn.utils, torch.nn.utils.clip_grad):
+            original = getattr(place, _CLIPPING)
+            self._originals.append((place, _CLIPPING, original))
+            setattr(place, _CLIPPING, self._clipping(original))
+
+    def remove(self) -> None:
+        """Takes everything off again."""
+        for handle in self._handles:
+            handle.remove()
+        for place, name, original in self._originals:
+            setattr(place, name, original)
+        self._handles, self._originals = [], []
+
+    def _turn(self, region: str) -> Callable[..., None]:
+        def turn(*_arguments: Any) -> None:
+            self._collector.region = region
+
+        return turn
+
+    def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            self._collector.region = "clip_grad"
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._collector.region = ""
+
+        return clip_grad_norm_

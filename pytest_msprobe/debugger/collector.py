@@ -95,6 +95,8 @@ class Collector:
         forward_range: First and last forward that are recorded, None for all.
         generation: How many steps have begun.
         mode: Sees the functions of the thread in which it is entered; None for none.
+        has_regions: Calls may be made by others than modules.
+        region: Stands for the parent of calls that no module makes, empty for none.
         backward: Records gradients, None where there are none to record.
         bench: An earlier dump that calls are held against, None for none.
         loader: Replaces inputs of modules, None where none are.
@@ -102,6 +104,10 @@ class Collector:
         trace: Calls of the open step where they are only noted.
         is_traced: Whether they are.
     """
+
+    keeps_weights = False
+    has_regions = False
+    region = ""
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
@@ -115,7 +121,6 @@ class Collector:
         self.places: dict[str, Places] = {}
         self.progress: Progress | None = None
         self.saved_bytes = 0
-        self.keeps_weights = False
         self.unseen = 0
         self.forward_range: tuple[int, int] | None = None
         self._forwards = 0
@@ -191,6 +196,7 @@ class Collector:
             self._is_plain
             and self._reads_inputs
             and self.selection.is_trivial
+            and not self.has_regions
             and self.backward is None
             and self.bench is None
             and self.loader is None
@@ -361,6 +367,8 @@ class Collector:
             key_prefix: Of a shared module: its name below the parent that calls it.
         """
         call = self.numbering.begin(site, key_prefix)
+        if call.parent is None and self.region:
+            call.region = self.region
         if self.progress is not None:
             self.progress.note(call.name)
         return call
@@ -435,6 +443,15 @@ class Collector:
         ):
             self.read_log()
 
+    def log_failure(self, call: RawCall) -> None:
+        """Notes that a call has ended with an exception: its record has no results."""
+        if not call.is_taken or not self.is_recording:
+            return
+        self.read_log()
+        call.args, call.kwargs = (), {}
+        if self._step is not None:
+            self._step.calls.append(call)
+
     def note_start(
         self,
         point: Point,
@@ -482,7 +499,7 @@ class Collector:
             written: Tensors that it wrote in place.
         """
         if not self.is_recording:
-            self.note_abort(point)
+            self._note_lost(point)
             return
         trace = self.trace
         try:
@@ -513,7 +530,7 @@ class Collector:
             return
         self.read_log()
         if not self.is_recording:
-            self.note_abort(point)
+            self._note_lost(point)
             return
         self._silent = (args, kwargs)
         self.trace.keys.append(point.marks[1])
@@ -522,10 +539,14 @@ class Collector:
         self.read_log()
         self._silent = ((), {})
 
-    def note_abort(self, point: Point) -> None:
-        """Notes that a traced call has ended with an exception, or unseen."""
+    def note_failure(self, point: Point) -> None:
+        """Notes that a traced call has ended with an exception."""
+        self._note_lost(point, 2 if self.is_recording else 3)
+
+    def _note_lost(self, point: Point, mark: int = 3) -> None:
+        """Notes that a call has ended without a result that can be read."""
         if self._step is not None and self.error is None:
-            self.trace.keys.append(point.marks[2])
+            self.trace.keys.append(point.marks[mark])
             self.trace.sizes.append(len(self.trace.values))
 
     def read_log(self) -> None:
@@ -644,7 +665,7 @@ class Collector:
             owner = None
             if event.way == "start":
                 chunk.trees.append(self._read_start(event, call, given, slots))
-            elif event.way == "abort":
+            elif event.way in ("failure", "lost"):
                 chunk.trees.append(None)
             else:
                 owner = call.module = event.point.module

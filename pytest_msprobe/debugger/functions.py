@@ -37,6 +37,7 @@ from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measured
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.debugger.trace import marks_of
+from pytest_msprobe.debugger.writes import is_in_place, marked_arguments
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -80,6 +81,9 @@ _C_FUNCTIONS = (
     MethodWrapperType,
     WrapperDescriptorType,
 )
+
+# All functions that choose between two by a flag share one code.
+_CHOICE = torch.nn.functional.max_pool2d.__code__
 
 
 class Action(Enum):
@@ -127,6 +131,10 @@ class Entry:
         site: Name and numbering of its calls, None where they are not recorded.
         operator_site: The same for calls made by an operator (`a + b`).
         unary_site: The same for calls made by a unary operator (`-a`).
+        dispatch_site: The same for calls made by a function that only chooses between
+            two by a flag (`max_pool2d` with `return_indices`).
+        inner: What the function does behind its question to torch.overrides: run under
+            the mode where calls of the function itself are not recorded.
         code: Of a function in Python, whose arguments torch hands to a mode in
             another form than the caller's.
         parameters: Names of its parameters.
@@ -143,6 +151,8 @@ class Entry:
     site: CallSite | None = None
     operator_site: CallSite | None = None
     unary_site: CallSite | None = None
+    dispatch_site: CallSite | None = None
+    inner: Callable[..., Any] | None = None
     code: CodeType | None = None
     parameters: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
@@ -296,14 +306,29 @@ class FunctionTable:
         api = name.rpartition(".")[2]
         entry = Entry(Action.RECORD, self.site(f"{prefix}.{api}."))
         if _is_in_place(api):
-            entry.positions = (0,)
+            entry.positions, entry.names = _marked(api)
         if prefix == "Tensor" and api == "neg":
             entry.unary_site = self.site("Tensor.__neg__.")
-        entry.code, entry.parameters = _python_form(function)
+        chosen = function
+        if isinstance(function, FunctionType) and function.__code__ is _CHOICE:
+            choice = torch._jit_internal.boolean_dispatched[function]  # noqa: SLF001
+            self._add_choice(choice["if_true"], entry.site)
+            chosen = choice["if_false"]
+        entry.code, entry.parameters = _python_form(chosen)
         if group == "distributed" or not _is_seen_by_mode(function):
             self.unseen.append((owner, name, entry))
-        elif function not in self._entries:
-            self._entries[function] = entry
+            return
+        known = self._entries.setdefault(function, entry)
+        if known.site is None:  # it is one that another function may choose
+            known.site = entry.site
+
+    def _add_choice(self, function: Any, site: CallSite | None) -> None:
+        """Gives a function that another one may choose a second name."""
+        entry = self._entries.get(function)
+        if entry is None:
+            entry = self._entries[function] = Entry(Action.RECORD)
+            entry.code, entry.parameters = _python_form(function)
+        entry.dispatch_site = site
 
     def _add_operators(
         self, function: Any, operators: tuple[str, ...], listed: set[str]
@@ -333,6 +358,7 @@ class FunctionTable:
         if entry is None:
             entry = self._entries.get(function) or self._classify(function)
             entry.is_python = _may_run_python(function)
+            entry.inner = _inner(function)
             self._known[function] = entry
         return entry
 
@@ -341,14 +367,15 @@ class FunctionTable:
             return self._classify_operator(function)
         name = getattr(function, "__name__", "")
         if _is_in_place(name):
-            return Entry(Action.WRITE, positions=(0,))
+            positions, names = _marked(name)
+            return Entry(Action.WRITE, positions=positions, names=names)
         return Entry(Action.PASS)
 
     def _classify_operator(self, function: Any) -> Entry:
         namespace, _, name = str(function).partition(".")
         api = name.partition(".")[0]
         overloads = _overloads(function)
-        if namespace == "prim" or not overloads:
+        if namespace in ("prim", "profiler") or not overloads:
             return Entry(Action.PASS)
         if namespace in self._namespaces:
             prefix = namespace
@@ -408,10 +435,31 @@ def _has_python_kernel(overload: Any) -> bool:
     )
 
 
+def _inner(function: Any) -> Callable[..., Any] | None:
+    """What a method of torch.Tensor in Python does, where msProbe meets that."""
+    if isinstance(function, FunctionType) and function.__code__ is _METHOD:
+        inner: Callable[..., Any] = function.__wrapped__  # type: ignore[attr-defined]
+        return inner if function is _ALIASED or function.__name__ in _UNNAMED else None
+    return None
+
+
+# Methods in Python share the code of the wrapper that asks torch.overrides.
+_METHOD = torch.Tensor.__rdiv__.__code__
+_ALIASED = torch.Tensor.__rdiv__
+_UNNAMED = ("__rfloordiv__", "__rlshift__", "__rrshift__", "__rmatmul__")
+
+
+def _marked(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """What an in-place function writes: its first argument, or several lists."""
+    if name.startswith("_") and not name.startswith("__"):
+        return marked_arguments(name)
+    return (0,), ()
+
+
 def _is_in_place(name: str) -> bool:
     if name.startswith("__") and name.endswith("__"):
         return name == "__setitem__" or (name[2:3] == "i" and name in _OPERATORS)
-    return name.endswith("_") and not name.startswith("_")
+    return is_in_place(name)
 
 
 def _python_form(function: Any) -> tuple[CodeType | None, tuple[str, ...]]:
@@ -497,22 +545,25 @@ class FunctionMode(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         collector = self._collector
-        if not collector.is_recording:
-            return func(*args, **kwargs)
-        if type(func) is MethodWrapperType:
-            if func.__name__ == "__set__":
+        if not collector.is_recording or type(func) is MethodWrapperType:
+            if collector.is_recording and func.__name__ == "__set__":
                 collector.before_write(args[0])
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
         site = entry.site
         has_operators = entry.operator_site is not None or entry.unary_site is not None
-        if site is None and not has_operators:
+        if entry.inner is not None and self._is_transparent(entry, sys._getframe(1)):  # noqa: SLF001
+            with self:
+                return entry.inner(*args, **kwargs)
+        if site is None and not has_operators and entry.dispatch_site is None:
             if entry.action is Action.PASS and not entry.is_python and not kwargs:
                 return func(*args, **kwargs)
             return call_unrecorded(collector, entry, func, args, kwargs)
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
         if frame.f_code.co_name == "__torch_function__":
             frame = _behind_modes(frame)
+        if entry.dispatch_site is not None and _is_chosen(frame):
+            site = entry.dispatch_site
         if has_operators:
             site = self._operator_site(entry, site, frame, args)
         if site is None:
@@ -521,6 +572,20 @@ class FunctionMode(TorchFunctionMode):
         if entry.code is not None:
             seen = self._as_called(entry, frame, args, kwargs)
         return record_call(collector, entry, site, func, args, kwargs, frame, seen)
+
+    def _is_transparent(self, entry: Entry, frame: FrameType) -> bool:
+        """Whether a call is seen as those that it makes.
+
+        Python finds some operators by another name than that which is listed (`2 / a`
+        calls `__rtruediv__`, an alias): msProbe meets what they do, not themselves.
+        """
+        if entry.site is None:
+            return True
+        # mode <- torch.overrides.handle_torch_function <- method <- caller
+        method = _behind_modes(frame).f_back
+        if method is None or method.f_back is None:
+            return False
+        return self._callers.place(method.f_back).is_operator
 
     def _operator_site(
         self,
@@ -559,8 +624,11 @@ class FunctionMode(TorchFunctionMode):
         function = frame.f_back
         if function is None or function.f_code is not entry.code:
             return args, kwargs
-        assert function.f_back is not None
-        place = self._callers.place(function.f_back)
+        caller = function.f_back
+        assert caller is not None
+        if caller.f_code is _CHOICE and caller.f_back is not None:
+            caller = caller.f_back
+        place = self._callers.place(caller)
         if place.positional < 0:
             return args, kwargs
         names = entry.parameters
@@ -583,6 +651,14 @@ def _behind_modes(frame: FrameType) -> FrameType:
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
     return frame
+
+
+def _is_chosen(frame: FrameType) -> bool:
+    """Whether a function was called by one that chooses between two."""
+    # mode <- torch.overrides.handle_torch_function <- function <- chooser
+    function = frame.f_back
+    chooser = function.f_back if function is not None else None
+    return chooser is not None and chooser.f_code is _CHOICE
 
 
 def call_unrecorded(
@@ -696,10 +772,7 @@ def _record_one(
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
-    if entry.is_python:
-        result = call_unseen(collector, entry, func, args, kwargs)
-    else:
-        result = func(*args, **kwargs)
+    result = _run(collector, entry, call, func, args, kwargs)
     if call is not None and collector.is_recording:
         try:
             collector.log_outputs(call, result, written)
@@ -740,10 +813,33 @@ def _trace_call(
         else:
             result = func(*args, **kwargs)
     except BaseException:
-        collector.note_abort(point)
+        collector.note_failure(point)
         raise
     collector.note_end(point, result, written)
     return result
+
+
+def _run(
+    collector: Collector,
+    entry: Entry,
+    call: RawCall | None,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a function; one that ends with an exception has a record of its inputs."""
+    try:
+        if entry.is_python:
+            return call_unseen(collector, entry, func, args, kwargs)
+        return func(*args, **kwargs)
+    except BaseException:
+        if call is not None:
+            try:
+                collector.log_failure(call)
+                collector.selection.leave(call.name, is_module=False)
+            except Exception as error:  # noqa: BLE001 - the model's own is on its way
+                collector.fail(error)
+        raise
 
 
 def _set_roles(call: RawCall, *, entry: Entry) -> None:
@@ -790,6 +886,9 @@ def _written(
     ]
 
 
+_ENGINE = "_engine_run_backward"
+
+
 class WrappedFunctions:
     """Listed functions that a mode cannot see, replaced for the time of a capture."""
 
@@ -804,8 +903,32 @@ class WrappedFunctions:
             path, _, name = dotted.rpartition(".")
             place = _resolve(owner, path) if path else owner
             original = getattr(place, name)
-            self._originals.append((place, name, original))
-            setattr(place, name, self._wrap(original, entry))
+            self._replace(place, name, self._wrap(original, entry))
+        for place in (torch.autograd, torch.autograd.graph):
+            original = getattr(place, _ENGINE, None)
+            if original is not None:
+                self._replace(place, _ENGINE, self._with_mode(original))
+
+    def _replace(self, place: Any, name: str, function: Callable[..., Any]) -> None:
+        self._originals.append((place, name, getattr(place, name)))
+        setattr(place, name, function)
+
+    def _with_mode(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Autograd's engine, running what a backward calls under the mode.
+
+        The mode that passes on a call of `backward` is off inside it.
+        """
+        collector = self._collector
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mode = collector.mode
+            if mode is None or not collector.is_recording or mode in _modes():
+                return original(*args, **kwargs)
+            with mode:
+                return original(*args, **kwargs)
+
+        return run
 
     def remove(self) -> None:
         """Puts the originals back."""

@@ -33,7 +33,7 @@ def _call(call: RawCall, step: RawStep) -> CallRecord:
         call.name,
         call.key or call.name,
         call.depth,
-        call.parent.name if call.parent is not None else None,
+        call.parent.name if call.parent is not None else call.region or None,
         _tree(call.input_args, step),
         _tree(call.input_kwargs, step),
         _tree(call.output, step),

@@ -188,7 +188,7 @@ class ModuleWrappers:
             try:
                 result = original(*args, **kwargs)
             except BaseException:
-                collector.note_abort(hook)
+                collector.note_failure(hook)
                 raise
             if result is None:
                 collector.note_silent_end(hook, args, kwargs)
@@ -379,9 +379,14 @@ class _ModuleHook:
 
     def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
-        if call is not None:
+        if call is None:
+            return
+        try:
             self.collector.numbering.leave(call)
+            self.collector.log_failure(call)
             self.collector.selection.leave(call.name, is_module=True)
+        except Exception as error:  # noqa: BLE001 - the model's own is on its way
+            self.collector.fail(error)
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -67,6 +67,7 @@ class RawCall:
     kind: Kind = "forward"
     key = ""
     parent: "RawCall | None" = None
+    region = ""
     phase: Phase = "outside"
     adjust: "Callable[[RawCall], None] | None" = None
     module: torch.nn.Module | None = None

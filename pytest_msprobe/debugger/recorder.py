@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
-from pytest_msprobe.debugger.backward import Backward
+from pytest_msprobe.debugger.backward import Backward, Regions
 from pytest_msprobe.debugger.bench import Bench
 from pytest_msprobe.debugger.collector import Collector, LayoutSource
 from pytest_msprobe.debugger.functions import (
@@ -164,6 +164,10 @@ class Recorder:
         self.collector.keeps_weights = not has_gradients and config.measure_once
         if has_gradients and config.has_backward:
             self.collector.backward = Backward(self.collector)
+        self._regions = None
+        if has_gradients and config.level == "mix":
+            self._regions = Regions(self.collector)
+            self.collector.has_regions = True
         self.mode: FunctionMode | None = None
         self.recording = Recording(self)
         self._is_kept = is_kept
@@ -245,6 +249,8 @@ class Recorder:
             self._wrapped = WrappedFunctions(self.collector, table)
             self._wrapped.install()
             self.mode = FunctionMode(self.collector, table)
+            if self._regions is not None:
+                self._regions.install()
         elif self._barriers is None and not self.config.has_functions:
             self._barriers = WriteBarriers(self.collector)
             self._barriers.install()
@@ -297,6 +303,8 @@ class Recorder:
             self.collector.backward.remove()
         if self._wrapped is not None:
             self._wrapped.remove()
+        if self._regions is not None:
+            self._regions.remove()
         if self.mode is not None:
             self.mode.leave()
         self._wrapped = self.mode = None

@@ -2,7 +2,8 @@
 """msProbe's `risk_level`: which APIs matter for precision.
 
 Source: classes as documented for msProbe 26.2; an API that is in neither set is of
-the middle class. `linear` is of class CORE here; msProbe's own set lacks it.
+the middle class. `linear` is of class CORE here; msProbe's own set lacks it. What has
+the name of a collective operation is of class CORE whatever its prefix.
 """
 
 CORE = frozenset(
@@ -16,6 +17,7 @@ CORE = frozenset(
     batch_norm_gather_stats_with_counts batch_norm_backward_elemt
     batch_norm_backward_reduce multi_dot vecdot embedding embedding_bag
     multi_head_attention_forward scaled_dot_product_attention
+    gather scatter
     """.split()
 )
 

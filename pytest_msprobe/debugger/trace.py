@@ -25,7 +25,7 @@ _MOST_NODES = 4096
 
 
 class Mark:
-    """That a call of a point ends: with a result, with none, or with an exception."""
+    """That a call of a point ends: with a result or none, an exception, or unseen."""
 
     __slots__ = ("point", "way")
 
@@ -46,8 +46,8 @@ class Point(Protocol):
         """The module, None for a function."""
 
     @property
-    def marks(self) -> tuple[Mark, Mark, Mark]:
-        """Its ends: with a result, with none, with an exception."""
+    def marks(self) -> tuple[Mark, Mark, Mark, Mark]:
+        """Its ends: with a result, with none, with an exception, unseen."""
 
     def start(self, numbering: Numbering) -> RawCall:
         """A numbered record of a call."""
@@ -56,9 +56,11 @@ class Point(Protocol):
         """Gives arguments the roles that the function knows."""
 
 
-def marks_of(point: Point) -> tuple[Mark, Mark, Mark]:
+def marks_of(point: Point) -> tuple[Mark, Mark, Mark, Mark]:
     """Marks for a point."""
-    return Mark(point, "result"), Mark(point, "none"), Mark(point, "abort")
+    ways = "result", "none", "failure", "lost"
+    first, second, third, fourth = (Mark(point, way) for way in ways)
+    return first, second, third, fourth
 
 
 class Event:
@@ -149,7 +151,7 @@ class Node:
             place -= 1
         if place < 0:  # it had started before anything was recorded
             unknown = RawCall(key.point.site, 0, 0)
-            return Event(unknown, key.point, "abort")
+            return Event(unknown, key.point, "lost")
         call = self._open[place].call
         del self._open[place:]
         if call.site.is_module:
@@ -213,10 +215,11 @@ class Chunk:
                 running[id(template)] = call
                 continue
             ended = running.pop(id(template), None)
-            if ended is not None and event.way != "abort":
-                call = ended
-                call.output, call.parameters = tree, parameters
-                yield call
+            if ended is None or event.way == "lost":
+                continue
+            if event.way != "failure":
+                ended.output, ended.parameters = tree, parameters
+            yield ended
 
 
 class Trace:

@@ -68,6 +68,30 @@ def _all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return [*args, *kwargs.values()]
 
 
+@functools.cache
+def marked_arguments(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of the arguments that a function of torch writes.
+
+    Args:
+        name: Of an in-place function; its first argument where torch has no operator
+            of this name.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    positions: set[int] = set()
+    names: dict[str, None] = {}
+    for overload in packet.overloads() if packet is not None else ():
+        for index, argument in enumerate(getattr(packet, overload)._schema.arguments):  # noqa: SLF001
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                positions.add(index)
+                names[argument.name] = None
+    return tuple(sorted(positions)) or (0,), tuple(names)
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes arguments, by torch's convention."""
+    return name.endswith("_") and not name.endswith("__")
+
+
 class WriteBarriers:
     """Replaces the functions that write and puts them back."""
 
@@ -153,8 +177,8 @@ def _torch_writers() -> list[_Replaced]:
     found: list[_Replaced] = []
     for name in dir(torch.Tensor):
         is_augmented = name.startswith("__i") and name.endswith("__")
-        is_in_place = name.endswith("_") and not name.startswith("_")
-        if name in _HARMLESS or not (is_augmented or is_in_place):
+        writes = is_in_place(name) and not name.startswith("_")
+        if name in _HARMLESS or not (is_augmented or writes):
             continue
         if is_augmented and not hasattr(torch.Tensor, f"__{name[3:]}"):
             continue  # __init__, __index__, __invert__ and the like
@@ -170,8 +194,11 @@ def _torch_writers() -> list[_Replaced]:
         for name, function in vars(owner).items():
             if not callable(function) or isinstance(function, ModuleType | type):
                 continue
-            if name.endswith("_") and not name.startswith("_"):
-                found.append((owner, name, _first))
+            if is_in_place(name):
+                written: _Written = _first
+                if name.startswith("_"):  # over lists, and several of them
+                    written = _marked(*marked_arguments(name))
+                found.append((owner, name, written))
             elif name in _ALLOCATORS:
                 continue  # what they are given as out is made anew
             elif any(prefix + name in with_out for prefix in _PREFIXES):

@@ -314,6 +314,8 @@ class DumpWriter:
                     for call in step.calls
                     if call.kind != "parameters_grad"
                 }
+                regions = {"optimizer", "clip_grad"} & set(parents.values())
+                parents |= dict.fromkeys(sorted(regions))
             self._write_file(folder / layout.CONSTRUCT, json.dumps(parents, indent=1))
         self._write_file(folder / layout.DUMP, self._format_dump(folder, step))
         self.steps_written.append(step.step)

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.utils.checkpoint import checkpoint
 from toy import InPlace, Model
 
 from pytest_msprobe import PrecisionDebugger
@@ -260,3 +262,47 @@ def test_a_result_that_is_an_argument_counts_as_both(tmp_path):
     assert torch.equal(found[f"{name}.input.1"], torch.full((3,), 2.0))
     assert torch.equal(found[f"{name}.output.0"], x.grad)
     assert torch.equal(found[f"{name}.output.1"], y.grad)
+
+
+def test_what_a_backward_computes_again_is_recorded(tmp_path):
+    """Checkpointed modules and functions have a second forward, in the backward."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    x = torch.randn(2, 4, requires_grad=True)
+
+    def run(m):
+        checkpoint(m[1], m[0](x), use_reentrant=False).sum().backward()
+
+    data, _ = record(tmp_path, model, run)
+
+    assert "Functional.gelu.1.forward" in data
+    assert "Module.1.GELU.forward.1" in data
+    assert torch.autograd._engine_run_backward is ENGINE
+
+
+ENGINE = torch.autograd._engine_run_backward
+
+
+def test_calls_of_optimizers_and_clipping_have_parents(tmp_path):
+    """They stand below `optimizer` and `clip_grad`, and see gradients as they were."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def run(m):
+        m(torch.full((2, 4), 50.0)).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        optimizer.step()
+        torch.exp(torch.ones(1))
+
+    data, found = record(tmp_path, model, run)
+
+    (rank,) = (tmp_path / "dump" / "step0").iterdir()
+    parents = json.loads((rank / "construct.json").read_text())
+    assert parents["Torch._foreach_norm.0.forward"] == "clip_grad"
+    assert parents["Tensor.__iadd__.0.forward"] == "optimizer"
+    assert parents["Torch.exp.0.forward"] is None
+    assert parents["optimizer"] is parents["clip_grad"] is None
+    before = found["Module.0.Linear.parameters_grad.0.weight"]
+    assert torch.equal(found["Torch._foreach_norm.0.forward.input.0.0"], before)
+    assert model[0].weight.grad.norm() < 1.1 < before.norm()
+    assert not _global_optimizer_pre_hooks
+    assert "Module.0.Linear.backward.0" in data

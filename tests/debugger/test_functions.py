@@ -349,7 +349,7 @@ def test_models_that_check_torchs_functions_run_unchanged(tmp_path):
         (lambda a, _s: a + a, "__add__"),
         (lambda a, _s: -a, "__neg__"),
         (lambda a, _s: a.neg(), "neg"),
-        (lambda a, _s: 2 / a, "__rdiv__"),
+        (lambda a, _s: a.__rdiv__(2), "__rdiv__"),
     ],
 )
 def test_swapped_and_unary_operators_have_names_of_their_own(tmp_path, function, name):
@@ -479,3 +479,152 @@ def test_tensors_inside_a_transform_have_rows(tmp_path):
         "Tensor.cos.0.forward": ("torch.Tensor", (3,)),
     }
     assert calls["Tensor.exp.0.forward"].input_args[0].rows[0, 0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda a: 2 / a, ["Tensor.reciprocal.0", "Tensor.__mul__.0"]),
+        (lambda a: 3 // a, ["Torch.floor_divide.0"]),
+        (lambda a: a.int() << 1, ["Tensor.__lshift__.0"]),
+        (
+            lambda a: 2 / a * a,
+            ["Tensor.reciprocal.0", "Tensor.__mul__.0", "Tensor.__mul__.1"],
+        ),
+    ],
+)
+def test_operators_without_a_name_show_what_they_call(tmp_path, function, names):
+    """`2 / a` calls an alias that no list has; its parts are rows, as in msProbe."""
+    a = torch.ones(2)
+
+    assert list(calls_of(lambda: function(a), tmp_path)) == [
+        f"{name}.forward" for name in names
+    ]
+
+
+def test_functions_that_choose_between_two_have_one_name(tmp_path):
+    """A function and its form with indices have one name and the caller's arguments."""
+    functional, a = torch.nn.functional, torch.ones(1, 1, 4, 4)
+
+    def run():
+        functional.max_pool2d(a, 2)
+        functional.max_pool2d(a, 2, return_indices=True)
+        functional.max_pool2d_with_indices(a, 2, stride=1)
+
+    calls = calls_of(run, tmp_path)
+
+    found = {
+        name: (len(c.input_args), list(c.input_kwargs)) for name, c in calls.items()
+    }
+    assert found == {
+        "Functional.max_pool2d.0.forward": (2, []),
+        "Functional.max_pool2d.1.forward": (2, ["return_indices"]),
+        "Functional.max_pool2d_with_indices.0.forward": (2, ["stride"]),
+    }
+    assert len(calls["Functional.max_pool2d.1.forward"].output) == 2
+
+
+def test_marks_of_the_profiler_leave_no_row(tmp_path):
+    """record_function calls operators that compute nothing."""
+
+    def run():
+        with torch.profiler.record_function("part"):
+            torch.exp(torch.ones(1))
+
+    assert list(calls_of(run, tmp_path)) == ["Torch.exp.0.forward"]
+
+
+def test_names_of_collective_operations_are_core(tmp_path):
+    """Gather and scatter are recorded at CORE on tensors too, as in msProbe."""
+    a, index = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.int64)
+
+    names = list(calls_of(lambda: a.gather(0, index), tmp_path, risk_level="CORE"))
+
+    assert names == ["Tensor.gather.0.forward"]
+
+
+def fused_adamw(tensors):
+    """One step of torch's fused optimizer, which writes five lists."""
+    torch._fused_adamw_(
+        tensors, *([torch.ones(4)] for _ in range(3)), [], [torch.ones(())],
+        lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+@pytest.mark.parametrize(
+    "write", [lambda ts: torch._foreach_mul_(ts, 3.0), fused_adamw], ids=["mul", "adam"]
+)
+def test_functions_over_lists_write_them(tmp_path, level, write):
+    """What a call held is read before a function over lists overwrites it."""
+    model = torch.nn.Sequential(torch.nn.Identity())
+    x = torch.full((4,), 5.0)
+
+    def run():
+        if level == "L1":
+            torch.exp(x)
+        else:
+            model(x)
+        write([x])
+        torch.exp(x)
+
+    calls = calls_of(run, tmp_path, model, level=level)
+
+    name = "Torch.exp.0.forward" if level == "L1" else "Module.0.Identity.forward.0"
+    assert x[0] != 5.0
+    assert calls[name].input_args[0].rows[0, 0] == 5.0
+    if level != "L0":
+        last = [n for n in calls if "exp" in n][-1]
+        assert calls[last].input_args[0].rows[0, 0] == x[0].item()
+
+
+def test_a_call_that_fails_has_its_inputs(tmp_path):
+    """A function or module that raises has a record without results; others go on."""
+
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            torch.matmul(x, torch.ones(7, 7))
+
+    model = torch.nn.Sequential(Failing())
+
+    def run():
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                model(torch.full((2, 2), 3.0))
+        torch.exp(torch.ones(1))
+
+    calls = calls_of(run, tmp_path, model, level="mix")
+
+    assert list(calls) == [
+        "Torch.matmul.0.forward",
+        "Module.0.Failing.forward.0",
+        "Torch.matmul.1.forward",
+        "Module.0.Failing.forward.1",
+        "Torch.exp.0.forward",
+    ]
+    for name, call in calls.items():
+        assert (call.output is None) == ("exp" not in name)
+    assert calls["Module.0.Failing.forward.0"].input_args[0].rows[0, 0] == 3.0
+    assert calls["Torch.exp.0.forward"].parent is None
+
+
+@pytest.mark.parametrize("entry", ["Failing", "matmul"])
+def test_a_call_that_fails_leaves_the_selection_as_it_was(tmp_path, entry):
+    """What `list` takes in a call ends with it, however it ends."""
+
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            torch.matmul(x, torch.ones(7, 7))
+
+    model = torch.nn.Sequential(Failing())
+
+    def run():
+        with pytest.raises(RuntimeError):
+            model(torch.ones(2, 2))
+        torch.exp(torch.ones(1))
+
+    calls = calls_of(run, tmp_path, model, level="mix", names=(entry,))
+
+    assert "Torch.matmul.0.forward" in calls
+    assert "Torch.exp.0.forward" not in calls

@@ -47,11 +47,13 @@ def test_the_first_nonfinite_result_is_named(tmp_path, caplog, task):
 
     first = dump["first_nonfinite"]
     assert dump["task"] == "nan_check"
-    assert first["name"] == "Tensor.__rdiv__.0.forward"
+    assert first["name"] == "Tensor.reciprocal.0.forward"
     assert (first["nonfinite"], first["elements"]) == (2, 4)
     assert first["has_finite_inputs"]
     assert any("in forward" in line and "1.0 / x" in line for line in first["stack"])
-    assert "first NaN or Inf: Tensor.__rdiv__.0.forward output.0: 2 of 4" in caplog.text
+    assert (
+        "first NaN or Inf: Tensor.reciprocal.0.forward output.0: 2 of 4" in caplog.text
+    )
 
 
 def test_every_call_has_a_count(tmp_path):
