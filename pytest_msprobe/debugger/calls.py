@@ -14,12 +14,24 @@ from pytest_msprobe.model.calls import Scalar, TensorValue, Tree
 MAX_DEPTH = 100
 
 Measure = Callable[[torch.Tensor, str], TensorValue]
+# Saves an array of numpy, and returns the name of its file if it has one.
+Keep = Callable[["np.ndarray[Any, Any]", str], str | None]
 
 _PLAIN = (bool, int, float, str)
+# Of keyword arguments that stand for something else, by their last name.
+_NAMED = {
+    "dtype": "torch.dtype",
+    "output_dtype": "torch.dtype",
+    "device": "torch.device",
+}
 
 
 def describe_value(  # noqa: PLR0911 - one return a kind of value
-    value: Any, slot: str, measure: Measure, depth: int = 0
+    value: Any,
+    slot: str,
+    measure: Measure,
+    depth: int = 0,
+    keep: Keep | None = None,
 ) -> Tree:
     """A value as a tree: tensors measured, everything else as msProbe writes it.
 
@@ -28,6 +40,7 @@ def describe_value(  # noqa: PLR0911 - one return a kind of value
         slot: Where it stands, e.g. `input_args.0`; nested places are appended.
         measure: Called for every tensor with its slot.
         depth: Nesting so far.
+        keep: Called for every array of numpy with its slot, None to save none.
     """
     if isinstance(value, torch.Tensor):
         return measure(value, slot)
@@ -35,35 +48,38 @@ def describe_value(  # noqa: PLR0911 - one return a kind of value
         return None
     kind = type(value)
     if kind in _PLAIN:
-        return Scalar(type=kind.__name__, value=value)
+        named = _NAMED.get(slot.rpartition(".")[2], kind.__name__)
+        return Scalar(type=named, value=value)
     if depth >= MAX_DEPTH:
         return Scalar(type=kind.__name__, value=f"nested deeper than {MAX_DEPTH}")
     if isinstance(value, torch.Size):
         return Scalar(type="torch.Size", value=list(value))
     if isinstance(value, list | tuple | dict):
-        return _describe_container(value, slot, measure, depth)
+        return _describe_container(value, slot, measure, depth, keep)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return _describe_container(fields, slot, measure, depth)
-    return _describe_other(value, slot)
+        return _describe_container(fields, slot, measure, depth, keep)
+    return _describe_other(value, slot, keep)
 
 
-def _describe_container(value: Any, slot: str, measure: Measure, depth: int) -> Tree:
+def _describe_container(
+    value: Any, slot: str, measure: Measure, depth: int, keep: Keep | None
+) -> Tree:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
         return {
-            str(key): describe_value(item, f"{slot}.{key}", measure, depth + 1)
+            str(key): describe_value(item, f"{slot}.{key}", measure, depth + 1, keep)
             for key, item in value.items()
         }
     return [
-        describe_value(item, f"{slot}.{index}", measure, depth + 1)
+        describe_value(item, f"{slot}.{index}", measure, depth + 1, keep)
         for index, item in enumerate(value)
     ]
 
 
 def _describe_other(  # noqa: PLR0911 - one return a kind of value
-    value: Any, slot: str
+    value: Any, slot: str, keep: Keep | None
 ) -> Tree:
     """Values that are neither tensors, plain values nor containers."""
     name = slot.rpartition(".")[2]
@@ -87,7 +103,11 @@ def _describe_other(  # noqa: PLR0911 - one return a kind of value
             return Scalar(type="torch.device", value=f"{value.type}:{value.index}")
         return Scalar()
     if isinstance(value, np.ndarray):
-        return _describe_array(value)
+        described = _describe_array(value)
+        file = keep(value, slot) if keep is not None else None
+        if file is not None:
+            described["data_name"] = file
+        return described
     if isinstance(value, np.generic):
         item = value.item()
         plain = item if isinstance(item, bool | int | float | str) else None

@@ -35,7 +35,7 @@ from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.slices import cut_tensor
 from pytest_msprobe.debugger.stacks import capture_stack
 from pytest_msprobe.debugger.trace import Chunk, Event, Point, Trace
-from pytest_msprobe.dump.tensors import file_name, save_tensor
+from pytest_msprobe.dump.tensors import file_name, save_array, save_tensor
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import (
     Phase,
@@ -141,6 +141,7 @@ class Collector:
         )
         if cuts:
             self._measure_at = self._measure_cut  # type: ignore[method-assign]
+        self._is_trying = False
         self._reads_inputs = config.keeps("input") or config.has_modules
         # Types of values that stay what they are after a call has been noted.
         self._lasting: set[Any] = set(_LASTING)
@@ -807,7 +808,7 @@ class Collector:
             self._define(result)
         self._current = call
         if isinstance(result, tuple) and hasattr(result, "_asdict"):
-            call.output = describe_value(result, "output", self._current_measure)
+            call.output = self._describe(result, "output")
         else:
             values = tuple(result) if isinstance(result, tuple) else (result,)
             if call.written:
@@ -840,10 +841,14 @@ class Collector:
             if not isinstance(value, torch.Tensor) or not isinstance(before, Measured):
                 continue
             slot = f"output.{len(changed)}"
+            self._is_trying = True  # nothing is saved of what was not written
             after = self._read_one(value, slot, call, 128 + len(changed))
+            self._is_trying = False
             self.measurer.settle()
             if isinstance(after, Measured) and checksums(after) != checksums(before):
                 inputs[place] = before._replace(role="undefined")
+                if not self._is_plain:
+                    after = self._read_one(value, slot, call, 128 + len(changed))
                 changed.append(after)
         if changed:
             call.output = changed
@@ -936,7 +941,28 @@ class Collector:
     def _read_one(self, value: Any, slot: str, call: RawCall, place: Any) -> Tree:
         if isinstance(value, torch.Tensor):
             return self._measure_at(value, slot, call, (call.number, place))
-        return describe_value(value, slot, self._current_measure)
+        return self._describe(value, slot)
+
+    def _describe(self, value: Any, slot: str) -> Tree:
+        """A value that is no tensor, in a slot of the current call."""
+        keep = None if self._is_plain else self._save_array
+        return describe_value(value, slot, self._current_measure, keep=keep)
+
+    def _save_array(self, array: Any, slot: str) -> str | None:
+        """Saves an array of numpy as the configuration asks."""
+        call = self._current
+        if call is None or self._tensor_folder is None or not self._is_saved(call):
+            return None
+        name = save_array(self._tensor_folder, file_name(call.name, slot), array)
+        if name is not None:
+            self.saved_bytes += array.nbytes
+        return name
+
+    def _is_saved(self, call: RawCall) -> bool:
+        """Whether what a call holds is saved to files."""
+        listed = any(entry in call.name for entry in self.config.tensor_list)
+        is_wanted = self.config.task == "tensor" or listed
+        return is_wanted and self.bench is None and not self._is_trying
 
     def _measure_in_slot(self, tensor: torch.Tensor, slot: str) -> Tree:
         """Measures a tensor nested somewhere in the current call's arguments."""
@@ -999,10 +1025,9 @@ class Collector:
         changes: dict[str, Any] = {}
         if self.config.summary_mode != "statistics":
             changes["digest"] = digest(tensor, self.config.summary_mode)
-        listed = any(entry in call.name for entry in self.config.tensor_list)
         if self.bench is not None:
             self.bench.hold(call, slot, tensor)
-        elif self._tensor_folder and (self.config.task == "tensor" or listed):
+        elif self._tensor_folder and self._is_saved(call):
             name = file_name(call.name, slot)
             changes["data_name"] = save_tensor(self._tensor_folder, name, tensor)
             self.saved_bytes += tensor.numel() * tensor.element_size()
@@ -1057,9 +1082,12 @@ def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:
     is_odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
     if is_odd or tensor.layout is not torch.strided:
         return None
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    flat = plain.cpu().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
+    try:
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.cpu().contiguous().reshape(-1)
+        raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # a kind without bytes, as inside vmap
     if summary_mode == "md5":
         return f"{zlib.crc32(raw.tobytes()):08x}"
     if raw.size == 0:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_msprobe import PrecisionDebugger
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.calls import (
     MAX_DEPTH,
@@ -84,6 +85,17 @@ def describe(value, slot="input_args.0"):
 def test_values_are_described_as_msprobe_does(value, expected):
     """Every kind of argument has the JSON that msProbe documents."""
     assert describe(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("device", "cpu", "device"), ("device", 0, "device"), ("dtype", "auto", "dtype")],
+)
+def test_texts_in_place_of_dtypes_and_devices_are_named(name, value, kind):
+    """`device="cpu"` is written as a device, as in msProbe."""
+    found = describe(value, f"input_kwargs.{name}")
+
+    assert found == {"type": f"torch.{kind}", "value": value}
 
 
 def test_dtype_and_device_keywords_are_named():
@@ -197,3 +209,74 @@ def test_any_tensor_leaves_a_row(name, tensor, mode):
         assert plain["Max"] is not None
     if before is not None:
         assert tensor.equal(before)
+
+
+def saved(folder, *values, **named):
+    """Files of a call of one module, and its record."""
+    PrecisionDebugger.reset()
+
+    class Takes(torch.nn.Module):
+        def forward(self, *values, **named):
+            return None
+
+    model = torch.nn.Sequential()
+    model.m = Takes()
+    debugger = PrecisionDebugger(dump_path=str(folder), task="tensor", level="L0")
+    debugger.start(model=model)
+    model.m(*values, **named)
+    debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+    assert debugger.error is None
+    (rank,) = (folder / "step0").iterdir()
+    files = {path.name: path for path in rank.glob("dump_tensor_data/*")}
+    (entry,) = json.loads((rank / "dump.json").read_text())["data"].values()
+    return files, entry
+
+
+@pytest.mark.parametrize(("name", "tensor"), unusual(), ids=[n for n, _ in unusual()])
+def test_any_tensor_is_saved_or_has_no_file(tmp_path, name, tensor):
+    """A tensor has a file that can be read, or a record that names none."""
+    files, entry = saved(tmp_path, tensor)
+
+    file = entry["input_args"][0].get("data_name")
+    assert list(files) == ([file] if file else [])
+    assert (file is None) == (name in ("empty", "meta"))
+    if file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates quantized ones
+            assert torch.load(files[file]).dtype == tensor.dtype
+
+
+def test_arrays_of_numpy_are_saved(tmp_path):
+    """Arrays have files as tensors have, those without a tensor's type another kind."""
+    files, entry = saved(
+        tmp_path,
+        np.arange(3.0),
+        [np.array(["a"]), np.zeros(0)],
+        x=np.array([True]),
+        y=np.array([{}], dtype=object),
+    )
+
+    prefix = "Module.m.Takes.forward.0"
+    assert sorted(files) == [
+        f"{prefix}.input.0.pt",
+        f"{prefix}.input.1.0.npy",
+        f"{prefix}.kwargs.x.pt",
+    ]
+    assert torch.load(files[f"{prefix}.input.0.pt"]).tolist() == [0.0, 1.0, 2.0]
+    assert np.load(files[f"{prefix}.input.1.0.npy"]).tolist() == ["a"]
+    assert entry["input_args"][0]["data_name"] == f"{prefix}.input.0.pt"
+    assert "data_name" not in entry["input_args"][1][1]
+    assert "data_name" not in entry["input_kwargs"]["y"]
+
+
+@pytest.mark.parametrize("key", ["a/b", "../../../x", "/etc/x", "a\0b", "é", "x" * 250])
+def test_keys_of_any_kind_are_names_of_files(tmp_path, key):
+    """A key of a dictionary leads out of no folder and ends no recording."""
+    files, entry = saved(tmp_path, {key: torch.ones(2), "plain": torch.ones(1)})
+
+    names = [value.get("data_name") for value in entry["input_args"][0].values()]
+    assert sorted(files) == sorted(name for name in names if name)
+    assert len(files) == (1 if len(key) > 200 else 2)
+    assert len(list(tmp_path.rglob("*.pt"))) == len(files)

@@ -456,6 +456,21 @@ def test_other_threads_are_not_recorded(tmp_path):
     assert calls_of(run, tmp_path) == {}
 
 
+@pytest.mark.parametrize("mode", ["md5", "xor"])
+def test_tensors_inside_a_transform_have_no_checksum(tmp_path, mode):
+    """They have no bytes of their own; recording goes on."""
+    x = torch.ones(3)
+
+    def run():
+        torch.vmap(lambda t: t.exp())(x)
+        x.cos()
+
+    calls = calls_of(run, tmp_path, summary_mode=mode)
+
+    assert calls["Tensor.exp.0.forward"].input_args[0].digest is None
+    assert calls["Tensor.cos.0.forward"].input_args[0].digest is not None
+
+
 def test_tensors_inside_a_transform_have_rows(tmp_path):
     """Inside vmap and grad a tensor shows what it stands for, and what it is."""
     x = torch.ones(3)
