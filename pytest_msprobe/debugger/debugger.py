@@ -45,14 +45,32 @@ class PrecisionDebugger:
     _instance: ClassVar["PrecisionDebugger | None"] = None
     _lock: ClassVar[threading.RLock] = threading.RLock()
     _is_ready: bool = False
+    _is_foreign: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Returns the object of this process, made by the first call."""
         del args, kwargs
         with cls._lock:
-            if cls._instance is None:
+            if cls._instance is None or cls._instance._is_foreign:  # noqa: SLF001
                 cls._instance = super().__new__(cls)
             return cls._instance  # type: ignore[return-value]
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        """In a forked process: nothing is recorded, the files are the parent's.
+
+        An object constructed here is another one.
+        """
+        cls._lock = threading.RLock()
+        self = cls._instance
+        if self is None:
+            return
+        self._is_foreign = True
+        self._is_started = self._is_recording = self._has_open_step = False
+        if self._recorder is not None:
+            self._recorder.collector.is_recording = False
+        self._recorder = self._saved = None
+        atexit.unregister(self._flush)
 
     def __init__(
         self,
@@ -345,6 +363,9 @@ class PrecisionDebugger:
             self.config = new
 
     def _is_wanted(self) -> bool:
+        if self._is_foreign:
+            self._warn("a forked process records nothing; construct the debugger in it")
+            return False
         if not self._watch.is_on:
             return False
         if self.config.rank and self._rank not in self.config.rank:
@@ -417,6 +438,9 @@ class PrecisionDebugger:
                 self._recorder.close()
             except CaptureError:
                 self._note_error()
+
+
+os.register_at_fork(after_in_child=PrecisionDebugger._after_fork)  # noqa: SLF001
 
 
 def _check_token_range(bounds: Any, model: Models | None) -> tuple[int, int] | None:

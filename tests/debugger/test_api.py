@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rest of msProbe's API: save, own functions, single modules, orders of calls."""
 
+import atexit
 import contextlib
 import copy
 import inspect
@@ -740,3 +741,72 @@ def test_signatures_of_modules_stay(tmp_path):
     debugger.stop()
     debugger.step()
     assert len(names(tmp_path)) == 2
+
+
+# Forked processes --------------------------------------------------------------
+
+
+def in_a_fork(function):
+    """Calls a function in a forked process that ends as any other; returns its status.
+
+    The child is a copy of this process: only what it writes into files comes back.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other threads may be about
+        child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        function()
+        atexit._run_exitfuncs()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_a_forked_process_leaves_the_files_alone(tmp_path):
+    """What it calls is no part of the parent's dump, whatever methods it calls."""
+    debugger = made(tmp_path, level="mix")
+    model = Model()
+    debugger.start(model=model, rank_id=0)
+    model(torch.arange(3))
+
+    def child():
+        model(torch.arange(5))
+        debugger.stop()
+        debugger.start(model=model)
+        model(torch.arange(5))
+        debugger.step()
+        assert not (tmp_path / "dump").exists()
+
+    assert in_a_fork(child) == 0
+    assert not (tmp_path / "dump").exists()
+    debugger.stop()
+    debugger.step()
+    modules = [name for name in names(tmp_path) if name.startswith("Module.embed")]
+    assert modules == ["Module.embed.Embedding.forward.0"]
+
+
+def test_a_forked_process_may_have_an_object_of_its_own(tmp_path):
+    """A debugger constructed in it records into another folder."""
+    debugger = made(tmp_path, level="mix")
+    model = Model()
+    debugger.start(model=model, rank_id=0)
+    own = tmp_path / "own"
+    own.mkdir()
+
+    def child():
+        other = made(own, level="mix")
+        assert other is not debugger
+        other.start(model=model, rank_id=1)
+        model(torch.arange(3))
+        other.stop()
+        other.step()
+
+    assert in_a_fork(child) == 0
+    model(torch.arange(3))
+    debugger.stop()
+    debugger.step()
+    assert names(own) == names(tmp_path)
+    assert len(names(own)) > 10
