@@ -236,6 +236,11 @@ class ModulePass:
         watch = torch.autograd.graph.register_multi_grad_hook
         self._behind = watch(behind, backward.guarded(self._end))
 
+    def cancel(self) -> None:
+        """The call has ended with an exception: it will have no backward."""
+        if self._behind is not None:
+            self._behind.remove()
+
     def watch(self, result: Any) -> None:
         """The call has ended."""
         outputs = _tensors(result)

@@ -275,6 +275,8 @@ def _with_gradients(
             result = original(*inner, **kwargs)
         except BaseException:
             hook.abort(entered)
+            if passed is not None:
+                passed.cancel()
             raise
         hook.leave(entered, result)
         if passed is not None:

@@ -276,6 +276,8 @@ def test_what_a_backward_computes_again_is_recorded(tmp_path):
 
     assert "Functional.gelu.1.forward" in data
     assert "Module.1.GELU.forward.1" in data
+    backward = [name for name in data if "GELU.backward" in name]
+    assert backward == ["Module.1.GELU.backward.0"]
     assert torch.autograd._engine_run_backward is ENGINE
 
 

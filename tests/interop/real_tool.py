@@ -30,7 +30,7 @@ def run(program, config):
         # With one core the tool would make a pool of no threads, and fail.
         os.cpu_count = lambda: 2
         debugger = msprobe.pytorch.PrecisionDebugger(config_path=config)
-        scenario.TOOL = msprobe.pytorch
+        scenario.TOOL, scenario.CONFIG = msprobe.pytorch, config
         scenario.PROGRAMS[program](debugger)
         status = 0
     except BaseException:  # noqa: BLE001 - reported by the status

@@ -6,14 +6,22 @@ Nothing here imports the package, so that the same file runs beside the real too
 """
 
 import collections
+import contextlib
+import dataclasses
+import json
+import threading
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from toy import Model
 
-# The package under test, set by whoever runs the programs.
+# The package under test and the configuration's file, set by who runs the programs.
 TOOL = None
+CONFIG = ""
 
 Pair = collections.namedtuple("Pair", "left right")  # noqa: PYI024 - untyped on purpose
 
@@ -324,6 +332,224 @@ def one_module(debugger):
     debugger.step()
 
 
+@dataclasses.dataclass
+class Record:
+    """A dataclass as an argument."""
+
+    t: torch.Tensor
+    n: int = 3
+
+
+def more_values(debugger):
+    """Arguments that fewer people think of."""
+    model = torch.nn.Sequential()
+    model.echo = Echo()
+    t = torch.tensor([1.0, 2.0])
+    debugger.start(model=model, rank_id=0)
+    model.echo(Record(t), [Record(t)], {"a": Record(t, 4)})
+    model.echo(frozenset({1}), bytearray(b"x"), object, torch.strided)
+    model.echo({1: {2: {3: t}}}, [[[[t]]]], collections.OrderedDict(a=t))
+    model.echo(True, -1, 10**30, 1e300, 'u\n"', "")
+    model.echo(torch.tensor(3), torch.tensor(True), torch.tensor([]))
+    model.echo(output_dtype=torch.int8, device="cpu", dtype="auto")
+    model.echo(slice(None), slice(t, None), (slice(1, 2), ...))
+    model.echo(*[t] * 300)
+    model.echo([t] * 300)
+    model.echo(np.array(3.5), np.array([True]), np.str_("a"), np.float64(2.0))
+    debugger.stop()
+    debugger.step()
+
+
+class Failing(torch.nn.Module):
+    """Raises behind a call of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        raise ValueError(self.child(x).shape)
+
+
+class Trying(torch.nn.Module):
+    """Goes on where a part of it fails."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bad, self.good = Failing(), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        with contextlib.suppress(ValueError):
+            self.bad(x)
+        return self.good(x).exp()
+
+
+def failing(debugger):
+    """Two steps of a model of which a part fails."""
+    model = Trying()
+    for _ in range(2):
+        debugger.start(model=model, rank_id=0)
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        debugger.stop()
+        debugger.step()
+
+
+class Again(torch.nn.Module):
+    """Calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.child = torch.nn.Linear(4, 4)
+
+    def forward(self, x, times=2):
+        x = self.child(x)
+        return self(x, times=times - 1) if times else x
+
+
+def recursive(debugger):
+    """A module that calls itself."""
+    model = torch.nn.Sequential()
+    model.again = Again()
+    debugger.start(model=model, rank_id=0)
+    with torch.no_grad():
+        model.again(torch.ones(2, 4))
+        model.again(torch.ones(1, 4), 1)
+    debugger.stop()
+    debugger.step()
+
+
+def hooked(debugger):
+    """Hooks of the user's own that change what modules get and give."""
+    model = Classic()
+    model.blocks[0][1].register_forward_hook(lambda _m, _a, result: result * 2)
+    model.blocks[1][1].register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+    steps(debugger, model, count=2)
+
+
+def autocast(debugger):
+    """The network under autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps(debugger, count=1)
+
+
+def another_thread(debugger):
+    """The model runs in another thread than start and stop."""
+    model = Classic()
+
+    def run():
+        with torch.no_grad():
+            model(torch.arange(5))
+
+    debugger.start(model=model, rank_id=0)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    debugger.stop()
+    debugger.step()
+
+
+def transforms(debugger):
+    """Functions inside vmap and grad."""
+    debugger.start(rank_id=0)
+    torch.vmap(lambda x: x.exp())(torch.ones(3))
+    torch.func.grad(lambda x: x.sin().sum())(torch.ones(3))
+    debugger.stop()
+    debugger.step()
+
+
+def apis(debugger):
+    """Functions of many forms: several results, choices, lists, written views."""
+    functional = torch.nn.functional
+    torch.manual_seed(0)
+    x, image = torch.randn(2, 3, 8), torch.randn(2, 3, 6, 6)
+    index = torch.zeros(2, 1, 8, dtype=torch.int64)
+    debugger.start(rank_id=0)
+    _ = x.max(dim=-1), torch.max(x, 1), x.topk(2), x.sort(-1, descending=True)
+    _ = torch.split(x, 4, dim=-1), x.unbind(0), torch.cat([x, x], dim=1)
+    _ = torch.einsum("bij,bkj->bik", x, x), torch.std_mean(x, dim=0)
+    _ = x.gather(1, index), x.scatter(1, index, 1.0), torch.linalg.svd(x[0])
+    _ = (
+        functional.max_pool2d(image, 2),
+        functional.max_pool2d(image, 2, return_indices=True),
+    )
+    _ = functional.conv2d(image, torch.ones(4, 3, 3, 3), padding=1)
+    _ = functional.interpolate(image, scale_factor=2), functional.unfold(image, 2)
+    _ = functional.batch_norm(image, torch.zeros(3), torch.ones(3), training=True)
+    _ = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    _ = functional.cross_entropy(x[0], torch.tensor([1, 2, 3]), reduction="sum")
+    _ = functional.gelu(x, approximate="tanh"), functional.dropout(x, 0.0)
+    _ = functional.relu(x.clone(), inplace=True), x.to(torch.float16), x.numpy()
+    _ = 2 / x, 3 // x.abs().add(1), 2**x, x.long() << 1, ~(x > 0), x % 2
+    torch._foreach_mul_([x, image], 2.0)
+    x[:, 1:].add_(1)
+    x[0].t().mul_(2)
+    x[x > 1] = 0.5
+    _ = x.sum(), image.sum()
+    debugger.stop()
+    debugger.step()
+
+
+def checkpointed(debugger):
+    """A part of the network is computed again in the backward."""
+    model = Classic()
+    debugger.start(model=model, rank_id=0)
+    x = model.embed(torch.arange(5))
+    y = checkpoint(model.blocks[0], x, use_reentrant=False)
+    model.down(y).sum().backward()
+    debugger.stop()
+    debugger.step()
+
+
+def optimized(debugger):
+    """Training steps with clipping and optimizer recorded."""
+    model = Classic()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for ids in inputs()[:2]:
+        debugger.start(model=model, rank_id=0)
+        model(ids).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        debugger.stop()
+        debugger.step()
+
+
+LIBRARY = torch.library.Library("msprobe_interop", "DEF")
+LIBRARY.define("twice(Tensor x, int n=2) -> Tensor")
+LIBRARY.define("fill(Tensor(a!) out, Tensor x) -> ()")
+LIBRARY.impl("twice", lambda x, n=2: x * n, "CPU")
+LIBRARY.impl("fill", lambda out, x: (out.copy_(x), None)[1], "CPU")
+
+
+def operators_of_a_library(debugger):
+    """Operators of torch.ops that were registered by others."""
+    own = torch.ops.msprobe_interop
+    debugger.start(rank_id=0)
+    own.twice(torch.ones(2))
+    own.twice(torch.ones(2), n=3)
+    own.fill(torch.zeros(2), torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+
+def switched(debugger):
+    """Four steps, of which the second and third are switched off in the file."""
+    path = Path(CONFIG)
+    model = Classic()
+    for is_on, wait_s in ((True, 0.0), (False, 0.7), (False, 0.0), (True, 3.2)):
+        time.sleep(wait_s)  # for so long the file is not looked at again
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "dump_enable": is_on}))
+        debugger.start(model=model, rank_id=0)
+        with torch.no_grad():
+            model(torch.arange(3))
+        debugger.stop()
+        debugger.step()
+
+
 PROGRAMS = {
     program.__name__: program
     for program in (
@@ -348,5 +574,17 @@ PROGRAMS = {
         saved,
         custom_api,
         one_module,
+        more_values,
+        failing,
+        recursive,
+        hooked,
+        autocast,
+        another_thread,
+        transforms,
+        apis,
+        checkpointed,
+        optimized,
+        operators_of_a_library,
+        switched,
     )
 }

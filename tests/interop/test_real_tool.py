@@ -144,6 +144,38 @@ MATRIX = {
     ),
     "custom-api": config("custom_api", level="L1"),
     "one-module": config("one_module", level="L1"),
+    "bench-mix": config(
+        "changed",
+        {"summary_mode": "md5", "bench_path": "mix-md5", "diff_nums": -1},
+        level="mix",
+        task="tensor",
+    ),
+    "values-tensor": config("values", level="L0", task="tensor"),
+    "values-md5": config("values", {"summary_mode": "md5"}, level="L0"),
+    "more-values": config("more_values", level="L0"),
+    "more-values-tensor": config("more_values", level="L0", task="tensor"),
+    "more-values-slice": config("more_values", {"slice": [{"begin": 1}]}, level="L0"),
+    "failing": config("failing", level="mix"),
+    "recursive": config("recursive", level="mix"),
+    "hooked": config("hooked", level="mix"),
+    "autocast": config("autocast", level="mix"),
+    "another-thread": config("another_thread", level="mix"),
+    "transforms": config("transforms", level="L1"),
+    "apis": config("apis", level="L1", risk_level="ALL"),
+    "apis-core": config("apis", level="L1", risk_level="CORE"),
+    "apis-md5": config("apis", {"summary_mode": "md5"}, level="L1", risk_level="ALL"),
+    "apis-tensor": config("apis", level="L1", task="tensor"),
+    "checkpointed": config("checkpointed", level="mix"),
+    "optimized": config("optimized", level="mix"),
+    "train-md5": config("train", {"summary_mode": "md5"}, level="mix"),
+    "train-all": config("train", level="mix", risk_level="ALL"),
+    "train-output": config("train", {"data_mode": ["output"]}, level="mix"),
+    "train-slice": config("train", {"slice": [{"begin": 1}]}, level="mix"),
+    "train-async": config("train", level="mix", async_dump=True),
+    "custom-namespace": config(
+        "operators_of_a_library", level="L1", custom_op_namespaces=["msprobe_interop"]
+    ),
+    "switched": config("switched", level="mix", dump_enable=True),
 }
 
 INTENDED = (
@@ -200,20 +232,20 @@ INTENDED = (
     Intended(
         r".*",
         r".*\.data_name|file",
-        "a tensor that is empty once it is cut has no file",
-        ("slice-tensor",),
+        "a tensor or array that is empty, also once it is cut, has no file",
+        ("slice-tensor", "values-tensor"),
     ),
     Intended(
         r".*",
         r".*\.(data_name|keys)",
         "data_name stands only where a file was written",
-        ("bench",),
+        ("bench", "bench-mix"),
     ),
     Intended(
-        r"Module\.blocks\.0\.Sequential\.forward\.0",
+        r"Module\..*",
         "input_args|input_kwargs",
         "a module around others keeps its inputs",
-        ("bench",),
+        ("bench", "bench-mix"),
     ),
     Intended(
         r"Functional\.embedding\.0\.backward",
@@ -245,9 +277,49 @@ INTENDED = (
         ("scope-mix", "scope-list"),
     ),
     Intended(
-        r"Tensor\.__setitem__\.0\.forward",
+        r"(Tensor\.__setitem__|msprobe_interop\.fill)\.\d+\.forward",
         r"output\.length",
         "a tensor written in place is an output",
+    ),
+    Intended(
+        r"Tensor\.__setitem__\.\d+\.forward\.output\.1\.pt",
+        "file",
+        "and has a file",
+    ),
+    Intended(
+        r"Tensor\.numpy\.\d+\.forward",
+        r"output\.0\.(Mean|Norm)",
+        "sums over arrays of numpy are in float64 too",
+    ),
+    Intended(
+        "",
+        "order",
+        "a call that fails stands where it ended",
+        ("failing",),
+    ),
+    Intended(
+        r"Module\.good\..*|Tensor\.exp\..*",
+        "parent",
+        "and is the parent of nothing behind it",
+        ("failing",),
+    ),
+    Intended(
+        r"Module\.again\.Again\.forward\.\d+|",
+        "output|parameters|order",
+        "a module that calls itself has its results",
+        ("recursive",),
+    ),
+    Intended(
+        r"Module\.blocks\.0\..*\.forward\.1",
+        r"output|parameters|parent",
+        "torch ends a second forward by an exception: it fails, without results",
+        ("checkpointed",),
+    ),
+    Intended(
+        r"Functional\.gelu\.1\.forward",
+        "parent",
+        "what it called is below it",
+        ("checkpointed",),
     ),
     Intended(
         r"Tensor\.(__neg__|abs)\.0\.forward",
@@ -305,7 +377,7 @@ def record_ours(root, name):
         record_ours(root, reference)
     path = write_config(root, "ours", name)
     PrecisionDebugger.reset()
-    scenario.TOOL = pytest_msprobe
+    scenario.TOOL, scenario.CONFIG = pytest_msprobe, path
     try:
         debugger = PrecisionDebugger(config_path=path)
         scenario.PROGRAMS[MATRIX[name][0]](debugger)
