@@ -108,6 +108,7 @@ class Collector:
     keeps_weights = False
     has_regions = False
     region = ""
+    _is_trying = False
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
@@ -141,7 +142,6 @@ class Collector:
         )
         if cuts:
             self._measure_at = self._measure_cut  # type: ignore[method-assign]
-        self._is_trying = False
         self._reads_inputs = config.keeps("input") or config.has_modules
         # Types of values that stay what they are after a call has been noted.
         self._lasting: set[Any] = set(_LASTING)

@@ -70,7 +70,14 @@ def test_in_place_operator_has_its_own_name(tmp_path):
     """`a += b` and `a.add_(b)` are told apart, values before and after are kept."""
     a = torch.zeros(2)
 
-    def run():
+    @pytest.fixture(params=[True, False], ids=["gradients", "traced"], autouse=True)
+def ways(request, monkeypatch):
+    """Calls are recorded one by one where a backward may run, else only noted."""
+    both = functools.partial(Recorder, has_gradients=request.param)
+    monkeypatch.setattr(sys.modules[__name__], "Recorder", both)
+
+
+def run():
         nonlocal a
         a += 1
         a.add_(1)

@@ -75,6 +75,13 @@ class Overwriter(torch.nn.Module):
         return self.child(x).mul_(3.0)
 
 
+@pytest.fixture(params=[True, False], ids=["gradients", "traced"], autouse=True)
+def ways(request, monkeypatch):
+    """Calls are recorded one by one where a backward may run, else only noted."""
+    both = functools.partial(Recorder, has_gradients=request.param)
+    monkeypatch.setattr(sys.modules[__name__], "Recorder", both)
+
+
 def run(tmp_path, model, inputs, *, level="mix", between=None, call=None):
     """Records two forwards of a model; returns the recorder's steps."""
     root = torch.nn.Sequential(model)
