@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # A kernel takes its arguments one by one, is one function, and has numbers of its own.
 # Triton reads annotations as code, so kernels have none.
-# ruff: noqa: ANN001, ANN202, PLR0912, PLR0913, PLR0915, PLR0917, PLR2004
+# ruff: noqa: ANN001, ANN202, FBT003, PLR0912, PLR0913, PLR0914, PLR0915, PLR0917
+# ruff: noqa: PLR2004
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The statistics in one pass on a GPU, as two Triton kernels.
+"""The statistics in one pass on a GPU, as one Triton kernel.
 
-The first reads each element once: a program takes blocks of 64 consecutive indices and
-leaves partial sums; lane p of a block is the element whose bucket is p, so that sketch
-and checksum need no exchange between lanes. The second adds the partial sums of a span
-up, always in the same order: equal inputs give equal bits.
+A launch measures all spans of a table. A span has one program or many; a program reads
+tiles of 64 consecutive indices each, and the last program of a span to end adds the
+others' rows up, always in the same order: equal inputs give equal bits.
+
+Whole aligned blocks of floats go the fast way: a lane loads words of its block from
+where the block's hash says that its buckets' elements are, so that sketch and checksum
+need no exchange between lanes, and computes the hash once for all its words. It takes
+everything for finite. The rest, and what was not finite, goes the general way, one
+element a lane.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,28 +33,37 @@ from pytest_msprobe.statistics.reference import ReferenceBackend
 from pytest_msprobe.statistics.sketch import SEED
 from pytest_msprobe.statistics.spec import Span, as_rows, collapse
 
-# Partial rows are as wide as a power of two.
-_WIDTH = 128
-# Blocks that a program reads at a time, and how often; fewer than 1024 in all, since
-# it counts NaN and infinities in ten bits a lane.
-_TILE = 8
-_STEPS = 48
-# Tensors below so many blocks have a program for each tile.
-_FEW_UNITS = 4096
-# Spans below so many have one program, whose result is no partial one.
-_ONE_PROGRAM_UNITS = 256
-# Bytes of the types of which two are read as one word.
-_PAIR_BYTES = 2
-# Indices below this are in blocks whose numbers have 31 bits.
-_LINE_END = 2**37 - 128
-# Partial rows that one program adds up.
+# Blocks that a lane's words of one step are spread over, and of a program at a time.
+_WARPS = 4
+_GENERAL_TILE = 8
+# Bytes of a tile of the fast way.
+_TILE_BYTES = 4096
+# Tiles of a span that one program reads, of a program of a larger one, and the most
+# programs a span has: a few for each of a large GPU's processors.
+_ALONE_TILES = 8
+_PART_TILES = 4
+MOST_PARTS = 512
+# Rows of programs that are added up together.
 _GROUP = 32
-# Numbers of an entry of the table: address, rows, columns, bytes from row to row, first
-# index, index step from row to row, row of the result.
-ENTRY_WIDTH = 7
-_ENTRY = tl.constexpr(ENTRY_WIDTH)
+# Partial rows that a launch may leave, and numbers of each.
+SCRATCH_ROWS = 8192
+_PARTIAL_WIDTH = 80
+# An entry of the table: address, slot, then rows, columns, bytes from row to row, first
+# index, index step from row to row; programs and, 16 bits up, its first partial row.
+ENTRY = struct.Struct("<qq40sq")
+_FORM = struct.Struct("<5q")
+# A program that is not the first of its span: number of the entry, its own number.
+PART_BITS = 12
+# Entries of a half of the table.
+_HALF = 2048
+_PARTS = np.arange(1, MOST_PARTS + 1, dtype=np.int32)
+
+_ENTRY = tl.constexpr(ENTRY.size // 8)
+_PART_BITS = tl.constexpr(PART_BITS)
+_PART_MASK = tl.constexpr((1 << PART_BITS) - 1)
 _SEED = tl.constexpr(SEED)
-_PARTIAL = tl.constexpr(_WIDTH)
+_PARTIAL = tl.constexpr(_PARTIAL_WIDTH)
+_HEAD = tl.constexpr(16)  # the columns before the sketch, as a power of two
 _ROW = tl.constexpr(records.ROW_WIDTH)
 _MAXIMUM = tl.constexpr(records.MAXIMUM)
 _MINIMUM = tl.constexpr(records.MINIMUM)
@@ -62,17 +78,31 @@ _SKETCH = tl.constexpr(records.SKETCH)
 _LEAST = tl.constexpr(-(2**63))
 _MOST = tl.constexpr(2**63 - 1)
 
-# Type of the bits, bytes, and the float type that they stand for, None for integers.
-_KINDS: dict[torch.dtype, tuple[Any, int, Any]] = {
-    torch.bfloat16: (tl.int16, 2, tl.bfloat16),
-    torch.float16: (tl.int16, 2, tl.float16),
-    torch.float32: (tl.int32, 4, tl.float32),
-    torch.bool: (tl.int8, 1, None),
-    torch.int8: (tl.int8, 1, None),
-    torch.uint8: (tl.uint8, 1, None),
-    torch.int16: (tl.int16, 2, None),
-    torch.int32: (tl.int32, 4, None),
-    torch.int64: (tl.int64, 8, None),
+
+class _Kind(NamedTuple):
+    """How elements of a type are read.
+
+    Attributes:
+        bits: Type of their bits.
+        size: Their bytes.
+        value: The float type that the bits stand for, None for integers.
+    """
+
+    bits: Any
+    size: int
+    value: Any
+
+
+_KINDS = {
+    torch.bfloat16: _Kind(tl.int16, 2, tl.bfloat16),
+    torch.float16: _Kind(tl.int16, 2, tl.float16),
+    torch.float32: _Kind(tl.int32, 4, tl.float32),
+    torch.bool: _Kind(tl.int8, 1, None),
+    torch.int8: _Kind(tl.int8, 1, None),
+    torch.uint8: _Kind(tl.uint8, 1, None),
+    torch.int16: _Kind(tl.int16, 2, None),
+    torch.int32: _Kind(tl.int32, 4, None),
+    torch.int64: _Kind(tl.int64, 8, None),
 }
 
 
@@ -86,338 +116,870 @@ def _mix(h):
 
 
 @triton.jit
+def _factor_of(base):
+    """The checksum's factor of a block."""
+    high = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
+    return (high + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
+
+
+@triton.jit
+def _move_halves(low, high, turn, has_ptx: tl.constexpr):
+    """The four halves of two words, that at i moved to i ^ turn."""
+    if has_ptx:
+        chosen = 0x3210 ^ (turn * 0x2222)
+        first = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, chosen],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        second = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, chosen ^ 0x4444],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        is_crossed = (turn & 2) != 0
+        first = tl.where(is_crossed, high, low)
+        second = tl.where(is_crossed, low, high)
+        is_crossed = (turn & 1) != 0
+        first = tl.where(is_crossed, (first << 16) | ((first >> 16) & 65535), first)
+        second = tl.where(is_crossed, (second << 16) | ((second >> 16) & 65535), second)
+    return first, second
+
+
+@triton.jit
+def _extremes(top, bottom, word, value: tl.constexpr):
+    """The larger and the smaller halves of words, both halves at once."""
+    kind: tl.constexpr = "bf16x2" if value == tl.bfloat16 else "f16x2"
+    larger: tl.constexpr = "max." + kind + " $0, $1, $2;"
+    smaller: tl.constexpr = "min." + kind + " $0, $1, $2;"
+    top = tl.inline_asm_elementwise(
+        larger, "=r,r,r", [top, word], dtype=tl.int32, is_pure=True, pack=1
+    )
+    bottom = tl.inline_asm_elementwise(
+        smaller, "=r,r,r", [bottom, word], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return top, bottom
+
+
+@triton.jit
+def _low_half(word, value: tl.constexpr):
+    if value == tl.bfloat16:
+        x = (word << 16).to(tl.float32, bitcast=True)
+    else:
+        x = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _high_half(word, value: tl.constexpr):
+    if value == tl.bfloat16:
+        x = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _signed(x, bits):
+    """A number, its sign changed where the highest bit is set."""
+    changed = x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)
+    return changed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _turn_bits(bits, turn, has_two: tl.constexpr):
+    """The bit at i moved to i ^ turn."""
+    crossed = ((bits >> 1) & 0x55555555) | ((bits << 1) & 0xAAAAAAAA)
+    bits = tl.where((turn & 1) != 0, crossed, bits)
+    if has_two:
+        crossed = ((bits >> 2) & 0x33333333) | ((bits << 2) & 0xCCCCCCCC)
+        bits = tl.where((turn & 2) != 0, crossed, bits)
+    return bits
+
+
+@triton.jit
+def _load_tile(
+    row,
+    block,
+    blocks,
+    inverse,
+    number,
+    number_step,
+    origin,
+    row_bytes,
+    q,
+    is_wanted,
+    tile: tl.constexpr,
+    size: tl.constexpr,
+    is_complete: tl.constexpr,
+):
+    """Hashes and pairs of words of the blocks of a tile.
+
+    Args:
+        row: Row of the first block; the others follow, over the ends of rows.
+        block: Its place in the row.
+        blocks: Of a row.
+        inverse: 2**31 / blocks rounded up, 0 for a single row.
+        number: Of the first row's first block.
+        number_step: From row to row.
+        origin: Address of the first row's first block.
+        row_bytes: From row to row.
+        q: A lane's buckets, divided by those of a pair of words.
+        is_wanted: Whether there is such a tile.
+        tile: Blocks.
+        size: Bytes of an element.
+        is_complete: Whether lanes load what belongs into their buckets.
+    """
+    near = block + tl.arange(0, tile)[None, :, None]
+    twice = (near * 2).to(tl.uint32)
+    over = tl.umulhi(twice, tl.zeros_like(twice) + inverse).to(tl.int32)
+    near -= over * blocks
+    row += over
+    above = _mix(tl.zeros([1, 1, 1], tl.uint32) + _SEED)
+    name = (number + row * number_step + near).to(tl.uint32, bitcast=True)
+    base = _mix(name ^ above)
+    shift: tl.constexpr = 28 if size == 2 else 27
+    place = q
+    if is_complete:
+        place = q ^ (base >> shift).to(tl.int32)
+    at = origin + row * row_bytes + near.to(tl.int64) * (64 * size) + place * 8
+    # Not so, but lanes that share a block must lie side by side in a warp, and this is
+    # how Triton is told; it loads no vectors, because nothing is known of `origin`.
+    at = tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 2, q.shape[2]])
+    pairs = tl.load(at, mask=is_wanted, other=0)
+    # All lanes get the hash, though those of a block get the same: no exchange.
+    return tl.broadcast_to(base, pairs.shape), pairs
+
+
+@triton.jit
+def _store_row(at, top, bottom, total, squares, nan, plus, minus, count, words, sketch):
+    floats = at.to(tl.pointer_type(tl.float64))
+    integers = at.to(tl.pointer_type(tl.int64))
+    if top.dtype == tl.int64:
+        tl.store(integers + _MAXIMUM, top)
+        tl.store(integers + _MINIMUM, bottom)
+    else:
+        tl.store(floats + _MAXIMUM, top.to(tl.float64))
+        tl.store(floats + _MINIMUM, bottom.to(tl.float64))
+    tl.store(floats + _TOTAL, total)
+    tl.store(floats + _SQUARES, squares)
+    tl.store(integers + _NAN, nan)
+    tl.store(integers + _PLUS, plus)
+    tl.store(integers + _MINUS, minus)
+    tl.store(integers + _COUNT, count)
+    tl.store(integers + _CHECKSUM, words)
+    tl.store(floats + _SKETCH + tl.arange(0, 64), sketch)
+
+
+@triton.jit
+def _add_rows(source, first, count, target, is_float: tl.constexpr):
+    """Adds partial rows up, from first to last, 16 at a time."""
+    bucket, column = tl.arange(0, 64), tl.arange(0, _HEAD)
+    sketch = tl.zeros([64], tl.float64)
+    sums = tl.zeros([_HEAD], tl.float64)
+    counts = tl.zeros([_HEAD], tl.int64)
+    if is_float:
+        top = tl.full([_HEAD], float("-inf"), tl.float64)
+        bottom = tl.full([_HEAD], float("inf"), tl.float64)
+    else:
+        top = tl.full([_HEAD], _LEAST, tl.int64)
+        bottom = tl.full([_HEAD], _MOST, tl.int64)
+    done = 0
+    while done < count:
+        number = done + tl.arange(0, 16)
+        inside = (number < count)[:, None]
+        row = (source + (first + number).to(tl.int64) * (_PARTIAL * 8))[:, None]
+        # Never from a cache that other programs' writes do not reach.
+        at = (row + (_SKETCH + bucket)[None, :] * 8).to(tl.pointer_type(tl.float64))
+        values = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+        sketch += tl.sum(values, axis=0)
+        at = (row + column[None, :] * 8).to(tl.pointer_type(tl.int64))
+        bits = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
+        counts += tl.sum(bits, axis=0)
+        values = bits.to(tl.float64, bitcast=True)
+        sums += tl.sum(values, axis=0)
+        if is_float:
+            some = tl.max(tl.where(inside, values, float("-inf")), axis=0)
+            top = tl.maximum(top, some)
+            some = tl.min(tl.where(inside, values, float("inf")), axis=0)
+            bottom = tl.minimum(bottom, some)
+        else:
+            top = tl.maximum(top, tl.max(tl.where(inside, bits, _LEAST), axis=0))
+            bottom = tl.minimum(bottom, tl.min(tl.where(inside, bits, _MOST), axis=0))
+        done += 16
+    floats = target.to(tl.pointer_type(tl.float64))
+    integers = target.to(tl.pointer_type(tl.int64)) + column
+    tl.store(floats + _SKETCH + bucket, sketch)
+    floats += column
+    is_sum = (column == _TOTAL) | (column == _SQUARES)
+    tl.store(floats, sums, mask=is_sum)
+    tl.store(integers, counts, mask=(column >= _NAN) & (column <= _CHECKSUM))
+    if is_float:
+        tl.store(floats, top, mask=column == _MAXIMUM)
+        tl.store(floats, bottom, mask=column == _MINIMUM)
+    else:
+        tl.store(integers, top, mask=column == _MAXIMUM)
+        tl.store(integers, bottom, mask=column == _MINIMUM)
+
+
+_NEVER_SPECIAL = (
+    "table", "parts_of", "factors", "scratch", "counters", "out", "entries",
+)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=_NEVER_SPECIAL, do_not_specialize_on_alignment=_NEVER_SPECIAL
+)
 def _measure_kernel(
-    table_address,
+    table,
+    parts_of,
     factors,
-    floats,
-    integers,
-    programs,
-    width,
-    to_slots: tl.constexpr,
-    is_again: tl.constexpr,
+    scratch,
+    counters,
+    out,
+    entries,
     bits_type: tl.constexpr,
     size: tl.constexpr,
-    float_type: tl.constexpr,
+    value: tl.constexpr,
+    has_ptx: tl.constexpr,
+    is_complete: tl.constexpr,
     tile: tl.constexpr,
-):
-    program, span = tl.program_id(0), tl.program_id(1)
-    entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
-    address, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
-    index_stride = tl.load(entry + 5)
-    row_out = (span * programs + program).to(tl.int64) * width
-    if to_slots:
-        row_out = tl.load(entry + 6) * width
-    blocks = (columns + 126) // 64  # of a row, wherever in a block it begins
-    units = rows * blocks
-    if is_again:
-        done = tl.load(floats + row_out + _SQUARES)
-        # Nothing to do where the row has a finite sum of squares.
-        units = tl.where(done < float("inf"), 0, units)
-
-    p = tl.arange(0, 64)
-    checksum = tl.zeros([tile, 64], tl.int64)
-    checksum_high = tl.zeros([1, 1], tl.int64)
-    if size == 8:
-        checksum_high = tl.zeros([tile, 64], tl.int64)
-    if float_type is None:
-        largest = tl.full([tile, 64], _LEAST, tl.int64)
-        smallest = tl.full([tile, 64], _MOST, tl.int64)
-    else:
-        total = tl.zeros([tile, 64], tl.float32)
-        squares = tl.zeros([tile, 64], tl.float32)
-        sketch = tl.zeros([tile, 64], tl.float32)
-        maximum = tl.full([tile, 64], float("-inf"), tl.float32)
-        minimum = tl.full([tile, 64], float("inf"), tl.float32)
-        # NaN, +Inf and -Inf seen, ten bits each: a program reads fewer blocks.
-        odd = tl.zeros([tile, 64], tl.int32)
-
-    start = program.to(tl.int64) * tile
-    while start < units:
-        unit = start + tl.arange(0, tile)
-        row = unit // blocks
-        block = unit - row * blocks
-        index = first_index + row * index_stride
-        lane = (index & 63).to(tl.int32)
-        number = (index >> 6) + block
-        base = _mix(
-            (number & 0xFFFFFFFF).to(tl.uint32)
-            ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
-        )
-        c = p[None, :] ^ (base >> 26).to(tl.int32)[:, None]
-        # Bytes from the unit's first lane; 32 bits are enough within a block.
-        left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
-        left = tl.where(unit < units, left, 0)
-        skip = tl.where(block == 0, lane, 0)
-        valid = (c >= skip[:, None]) & (c < left[:, None])
-        origin = address + row * row_bytes + (block * 64 - lane) * size
-        place = origin[:, None] + c * size
-        bits = tl.load(place.to(tl.pointer_type(bits_type)), mask=valid, other=0)
-
-        high_factor = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
-        factor = (high_factor + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
-        if size < 4:
-            word = (bits.to(tl.uint32, bitcast=False)) & ((1 << (8 * size)) - 1)
-            word = word << (8 * ((c * size) & 3)).to(tl.uint32)
-            checksum += word.to(tl.int64) * factor[:, None]
-        elif size == 4:
-            checksum += bits.to(tl.uint32, bitcast=True).to(tl.int64) * factor[:, None]
-        else:
-            word = bits.to(tl.int64)
-            checksum += (word & 0xFFFFFFFF) * factor[:, None]
-            checksum_high += ((word >> 32) & 0xFFFFFFFF) * factor[:, None]
-
-        if float_type is None:
-            value = bits.to(tl.int64)
-            largest = tl.maximum(largest, tl.where(valid, value, _LEAST))
-            smallest = tl.minimum(smallest, tl.where(valid, value, _MOST))
-        else:
-            x = bits.to(float_type, bitcast=True).to(tl.float32)
-            finite = tl.abs(x) < float("inf")
-            other = tl.where(x > 0, 1 << 10, tl.where(x < 0, 1 << 20, 1))
-            odd += tl.where(finite, 0, other)
-            counts = finite & valid
-            maximum = tl.maximum(maximum, tl.where(counts, x, float("-inf")))
-            minimum = tl.minimum(minimum, tl.where(counts, x, float("inf")))
-            x = tl.where(finite, x, 0.0)
-            signs = tl.where(
-                c < 32,
-                _mix(base + 0x9E3779B9)[:, None],
-                _mix(base + 0x3C6EF372)[:, None],
-            )
-            bit = (signs >> (c & 31).to(tl.uint32)) & 1
-            total += x
-            squares += x * x
-            sketch += tl.where(bit == 1, x, -x)
-        start += programs * tile
-
-    if is_again and units == 0:
-        return
-    # The word that a bucket's elements are added to, by bucket.
-    low = tl.load(factors + (p * size) // 4)
-    words = tl.sum(tl.sum(checksum, axis=0) * low)
-    if size == 8:
-        high = tl.load(factors + p * 2 + 1)
-        words += tl.sum(tl.sum(checksum_high, axis=0) * high)
-    tl.store(integers + row_out + _CHECKSUM, words)
-    count = tl.where(program == 0, rows * columns, 0)
-    tl.store(integers + row_out + _COUNT, count)
-    if float_type is None:
-        tl.store(integers + row_out + _MAXIMUM, tl.max(tl.max(largest, axis=0)))
-        tl.store(integers + row_out + _MINIMUM, tl.min(tl.min(smallest, axis=0)))
-        zero = tl.zeros([64], tl.float64)
-        tl.store(floats + row_out + _SKETCH + p, zero)
-        tl.store(floats + row_out + _TOTAL, 0.0)
-        tl.store(floats + row_out + _SQUARES, 0.0)
-        tl.store(integers + row_out + _NAN, 0)
-        tl.store(integers + row_out + _PLUS, 0)
-        tl.store(integers + row_out + _MINUS, 0)
-    else:
-        sums = tl.sum(sketch.to(tl.float64), axis=0)
-        tl.store(floats + row_out + _SKETCH + p, sums)
-        tl.store(
-            floats + row_out + _TOTAL, tl.sum(tl.sum(total.to(tl.float64), axis=0))
-        )
-        tl.store(
-            floats + row_out + _SQUARES, tl.sum(tl.sum(squares.to(tl.float64), axis=0))
-        )
-        top = tl.max(tl.max(maximum, axis=0)).to(tl.float64)
-        bottom = tl.min(tl.min(minimum, axis=0)).to(tl.float64)
-        tl.store(floats + row_out + _MAXIMUM, top)
-        tl.store(floats + row_out + _MINIMUM, bottom)
-        nan = tl.sum(tl.sum((odd & 1023).to(tl.int64), axis=0))
-        plus = tl.sum(tl.sum(((odd >> 10) & 1023).to(tl.int64), axis=0))
-        minus = tl.sum(tl.sum(((odd >> 20) & 1023).to(tl.int64), axis=0))
-        tl.store(integers + row_out + _NAN, nan)
-        tl.store(integers + row_out + _PLUS, plus)
-        tl.store(integers + row_out + _MINUS, minus)
-
-
-@triton.jit
-def _pairs_kernel(
-    table_address,
-    factors,
-    floats,
-    integers,
-    programs,
-    width,
-    to_slots: tl.constexpr,
-    is_line: tl.constexpr,
-    float_type: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """Two elements of 16 bits at a time, all taken for finite.
-
-    Words must lie at multiples of 4 bytes. Where the sum of squares is not finite the
-    row is no result, and the other kernel does it again.
-    """
-    program, span = tl.program_id(0), tl.program_id(1)
-    entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
-    address, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    row_bytes, first_index = tl.load(entry + 3), tl.load(entry + 4)
-    index_stride = tl.load(entry + 5)
-    row_out = (span * programs + program).to(tl.int64) * width
-    if to_slots:
-        row_out = tl.load(entry + 6) * width
-    blocks = (columns + 126) // 64
-    units = rows * blocks
-
-    if is_line:
-        # One row of indices below 2**38: no division, one word of the block's number.
-        units = units.to(tl.int32)
-        number_0 = (first_index >> 6).to(tl.int32)
-        lane_0 = (first_index & 63).to(tl.int32)
-        end = (columns + lane_0).to(tl.int64)
-        above = _mix(tl.zeros([tile], tl.uint32) + _SEED)
-
-    q = tl.arange(0, 32)
-    checksum = tl.zeros([tile, 32], tl.int64)
-    total = tl.zeros([tile, 32], tl.float32)
-    squares = tl.zeros([tile, 32], tl.float32)
-    even = tl.zeros([tile, 32], tl.float32)
-    odd = tl.zeros([tile, 32], tl.float32)
-    maximum = tl.full([tile, 32], float("-inf"), tl.float32)
-    minimum = tl.full([tile, 32], float("inf"), tl.float32)
-    start = program * tile
-    if not is_line:
-        start = start.to(tl.int64)
-    while start < units:
-        unit = start + tl.arange(0, tile)
-        if is_line:
-            base = _mix((number_0 + unit).to(tl.uint32, bitcast=True) ^ above)
-            first = unit.to(tl.int64) * 64
-            left = tl.minimum(end - first, 64).to(tl.int32)
-            skip = tl.where(unit == 0, lane_0, 0)
-            origin = address + (first - lane_0) * 2
-        else:
-            row = unit // blocks
-            block = unit - row * blocks
-            index = first_index + row * index_stride
-            lane = (index & 63).to(tl.int32)
-            number = (index >> 6) + block
-            base = _mix(
-                (number & 0xFFFFFFFF).to(tl.uint32)
-                ^ _mix(((number >> 32) + _SEED).to(tl.uint32))
-            )
-            left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
-            skip = tl.where(block == 0, lane, 0)
-            origin = address + row * row_bytes + (block * 64 - lane) * 2
-        left = tl.where(unit < units, left, 0)
-        rotation = (base >> 26).to(tl.int32)
-        place = q[None, :] ^ (rotation >> 1)[:, None]
-        c = place * 2
-        has_low = (c >= skip[:, None]) & (c < left[:, None])
-        has_high = (c + 1 >= skip[:, None]) & (c + 1 < left[:, None])
-        word = tl.load(
-            (origin[:, None] + place * 4).to(tl.pointer_type(tl.int32)),
-            mask=has_low | has_high,
-            other=0,
-        )
-        is_inside = (tl.min(left) == 64) & (tl.max(skip) == 0)
-        if not is_inside:
-            word = tl.where(has_low, word, word & -65536)
-            word = tl.where(has_high, word, word & 65535)
-        high_factor = _mix(base + 0xDAA66D2B).to(tl.int64) << 32
-        factor = (high_factor + _mix(base + 0x78DDE6E4).to(tl.int64)) | 1
-        checksum += word.to(tl.uint32, bitcast=True).to(tl.int64) * factor[:, None]
-        if float_type == tl.bfloat16:
-            low = (word << 16).to(tl.float32, bitcast=True)
-            high = (word & -65536).to(tl.float32, bitcast=True)
-        else:
-            low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-            high = high.to(tl.float32)
-        signs = tl.where(
-            place < 16,
-            _mix(base + 0x9E3779B9)[:, None],
-            _mix(base + 0x3C6EF372)[:, None],
-        )
-        signs = ~(signs >> (c & 31).to(tl.uint32))
-        flip_low = ((signs << 31) & 0x80000000).to(tl.int32, bitcast=True)
-        flip_high = ((signs << 30) & 0x80000000).to(tl.int32, bitcast=True)
-        signed_low = (low.to(tl.int32, bitcast=True) ^ flip_low).to(
-            tl.float32, bitcast=True
-        )
-        signed_high = (high.to(tl.int32, bitcast=True) ^ flip_high).to(
-            tl.float32, bitcast=True
-        )
-        turns = ((rotation & 1) == 1)[:, None]
-        even += tl.where(turns, signed_high, signed_low)
-        odd += tl.where(turns, signed_low, signed_high)
-        total += low + high
-        squares += low * low + high * high
-        if is_inside:
-            maximum = tl.maximum(maximum, tl.maximum(low, high))
-            minimum = tl.minimum(minimum, tl.minimum(low, high))
-        else:
-            maximum = tl.maximum(maximum, tl.where(has_low, low, float("-inf")))
-            maximum = tl.maximum(maximum, tl.where(has_high, high, float("-inf")))
-            minimum = tl.minimum(minimum, tl.where(has_low, low, float("inf")))
-            minimum = tl.minimum(minimum, tl.where(has_high, high, float("inf")))
-        start += programs * tile
-
-    words = tl.sum(tl.sum(checksum, axis=0) * tl.load(factors + q))
-    tl.store(integers + row_out + _CHECKSUM, words)
-    count = tl.where(program == 0, rows * columns, 0)
-    tl.store(integers + row_out + _COUNT, count)
-    tl.store(integers + row_out + _NAN, 0)
-    tl.store(integers + row_out + _PLUS, 0)
-    tl.store(integers + row_out + _MINUS, 0)
-    sketch = floats + row_out + _SKETCH + q * 2
-    tl.store(sketch, tl.sum(even.to(tl.float64), axis=0))
-    tl.store(sketch + 1, tl.sum(odd.to(tl.float64), axis=0))
-    sums = tl.sum(tl.sum(total.to(tl.float64), axis=0))
-    tl.store(floats + row_out + _TOTAL, sums)
-    sums = tl.sum(tl.sum(squares.to(tl.float64), axis=0))
-    tl.store(floats + row_out + _SQUARES, sums)
-    top = tl.max(tl.max(maximum, axis=0)).to(tl.float64)
-    bottom = tl.min(tl.min(minimum, axis=0)).to(tl.float64)
-    tl.store(floats + row_out + _MAXIMUM, top)
-    tl.store(floats + row_out + _MINIMUM, bottom)
-
-
-@triton.jit
-def _combine_kernel(
-    table_address,
-    floats,
-    integers,
-    out_floats,
-    out_integers,
-    programs,
-    out_width,
-    to_slots: tl.constexpr,
-    is_float: tl.constexpr,
+    near: tl.constexpr,
+    far: tl.constexpr,
+    general: tl.constexpr,
     group: tl.constexpr,
 ):
-    part, span = tl.program_id(0), tl.program_id(1)
-    parts = tl.num_programs(0)
-    column = tl.arange(0, _PARTIAL)
-    number = part * group + tl.arange(0, group)
-    row = (span * programs + number).to(tl.int64) * _PARTIAL
-    inside = (number < programs)[:, None] & (column < _ROW)[None, :]
-    place = row[:, None] + column[None, :]
-    values = tl.load(floats + place, mask=inside, other=0.0)
-    bits = tl.load(integers + place, mask=inside, other=0)
-    out = (span * parts + part).to(tl.int64) * out_width
-    if to_slots:
-        entry = table_address.to(tl.pointer_type(tl.int64)) + span * _ENTRY
-        out = tl.load(entry + 6) * out_width
-    is_sum = (column == _TOTAL) | (column == _SQUARES) | (column >= _SKETCH)
-    is_sum = is_sum & (column < _ROW)
-    is_count = (column >= _NAN) & (column <= _CHECKSUM)
-    is_high, is_low = column == _MAXIMUM, column == _MINIMUM
-    tl.store(out_floats + out + column, tl.sum(values, axis=0), mask=is_sum)
-    tl.store(out_integers + out + column, tl.sum(bits, axis=0), mask=is_count)
-    if is_float:
-        top = tl.max(tl.where(inside, values, float("-inf")), axis=0)
-        bottom = tl.min(tl.where(inside, values, float("inf")), axis=0)
-        tl.store(out_floats + out + column, top, mask=is_high)
-        tl.store(out_floats + out + column, bottom, mask=is_low)
+    """Measures the spans of a table.
+
+    Args:
+        table: Address of the entries.
+        parts_of: Address of what the programs behind one for each entry do.
+        factors: Address of the checksum's factors of words.
+        scratch: Address of partial rows.
+        counters: Address of as many int32, zero between launches.
+        out: Address of the rows.
+        entries: Of the table.
+        bits_type: Of an element.
+        size: Its bytes.
+        value: The float type that the bits stand for, None for integers.
+        has_ptx: Whether the device knows PTX of compute capability 8.0.
+        is_complete: Whether sketch and checksum are wanted as well.
+        tile: Blocks of the fast way's steps.
+        near: Lanes side by side that share a block.
+        far: Pairs of words that each of them has of it.
+        general: Blocks of the general way's steps.
+        group: Partial rows that are added up together.
+    """
+    number, part = tl.program_id(0), 0
+    if number >= entries:
+        which = tl.load(parts_of.to(tl.pointer_type(tl.int32)) + number - entries)
+        number, part = which >> _PART_BITS, which & _PART_MASK
+    entry = table.to(tl.pointer_type(tl.int64)) + number * _ENTRY
+    address, slot = tl.load(entry), tl.load(entry + 1)
+    rows, columns = tl.load(entry + 2), tl.load(entry + 3)
+    row_bytes = tl.load(entry + 4)
+    first_index, index_stride = tl.load(entry + 5), tl.load(entry + 6)
+    places = tl.load(entry + 7)
+    parts, partial = (places & 65535).to(tl.int32), (places >> 16).to(tl.int32)
+
+    first_lane = (first_index & 63).to(tl.int32)
+    blocks = ((columns + 126) // 64).to(tl.int32)  # wherever in a block rows begin
+    # The fast way: so many tiles of whole blocks, behind a first one that is not whole.
+    tiles = 0
+    edge = 0
+    if value is not None:
+        origin = address - first_lane * size
+        is_aligned = ((origin | row_bytes) & 7) == 0
+        is_line = rows == 1
+        has_whole = ((columns | index_stride | first_index) & 63) == 0
+        has_whole = has_whole & (columns < 1 << 21)
+        is_low = first_index + (rows - 1) * index_stride + columns < 2**37
+        if is_aligned & is_low & (is_line | has_whole):
+            blocks = ((columns + first_lane + 63) // 64).to(tl.int32)
+            edge = (first_lane != 0).to(tl.int32)
+            inside = ((columns + first_lane) // 64).to(tl.int32) * rows.to(tl.int32)
+            tiles = tl.maximum(inside - edge, 0) // tile
+    units = blocks * rows.to(tl.int32)
+
+    total = tl.zeros([], tl.float64)
+    squares = tl.zeros([], tl.float64)
+    words = tl.zeros([], tl.int64)
+    sketch = tl.zeros([64], tl.float64)
+    nan = tl.zeros([], tl.int64)
+    plus = tl.zeros([], tl.int64)
+    minus = tl.zeros([], tl.int64)
+    if value is None:
+        top = tl.full([], _LEAST, tl.int64)
+        bottom = tl.full([], _MOST, tl.int64)
     else:
-        largest = tl.max(tl.where(inside, bits, _LEAST), axis=0)
-        smallest = tl.min(tl.where(inside, bits, _MOST), axis=0)
-        tl.store(out_integers + out + column, largest, mask=is_high)
-        tl.store(out_integers + out + column, smallest, mask=is_low)
+        top = tl.full([], float("-inf"), tl.float32)
+        bottom = tl.full([], float("inf"), tl.float32)
+    has_failed = tiles == 0
+    if value is not None:
+        if part < tiles:
+            q = tl.arange(0, far)[:, None, None] * near
+            q = q + tl.arange(0, near)[None, None, :]
+            sums = tl.zeros([far, tile, near], tl.float32)
+            powers = tl.zeros([far, tile, near], tl.float32)
+            buckets_0 = tl.zeros([far, tile, near], tl.float32)
+            buckets_1 = tl.zeros([far, tile, near], tl.float32)
+            buckets_2 = tl.zeros([far, tile, near], tl.float32)
+            buckets_3 = tl.zeros([far, tile, near], tl.float32)
+            words_0 = tl.zeros([far, tile, near], tl.int64)
+            words_1 = tl.zeros([far, tile, near], tl.int64)
+            is_packed: tl.constexpr = has_ptx and size == 2
+            if is_packed:
+                # Two infinities.
+                infinities: tl.constexpr = (
+                    0x7F807F80 if value == tl.bfloat16 else 0x7C007C00
+                )
+                lowest = tl.full([far, tile, near], infinities, tl.int32)
+                highest = lowest ^ -2147450880
+            else:
+                highest = tl.full([far, tile, near], float("-inf"), tl.float32)
+                lowest = tl.full([far, tile, near], float("inf"), tl.float32)
+            name = (first_index >> 6).to(tl.int32)
+            name_step = (index_stride >> 6).to(tl.int32)
+            inverse = (blocks - 1).to(tl.uint32) + 0x80000000
+            inverse = inverse // blocks.to(tl.uint32)
+            inverse = tl.where(rows == 1, 0, inverse).to(tl.uint32)
+            start = edge + part * tile
+            row = start // blocks
+            block = start - row * blocks
+            row_step = parts * tile // blocks
+            block_step = parts * tile - row_step * blocks
+            base, pairs = _load_tile(
+                row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
+                part < tiles, tile, size, is_complete,
+            )  # fmt: skip
+            done = part
+            while done < tiles:
+                done += parts
+                # The next tile is on its way while this one is added up.
+                block += block_step
+                is_over = block >= blocks
+                row += row_step + is_over.to(tl.int32)
+                block = tl.where(is_over, block - blocks, block)
+                next_base, next_pairs = _load_tile(
+                    row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
+                    done < tiles, tile, size, is_complete,
+                )  # fmt: skip
+
+                turn = (base >> 26).to(tl.int32)
+                low, high = pairs.to(tl.int32), (pairs >> 32).to(tl.int32)
+                if is_packed:
+                    highest, lowest = _extremes(highest, lowest, low, value)
+                    highest, lowest = _extremes(highest, lowest, high, value)
+                if is_complete:
+                    # A bit that is set changes a sign.
+                    signs_0 = ~_mix(base + 0x9E3779B9)
+                    signs_1 = ~_mix(base + 0x3C6EF372)
+                    if size == 2:
+                        low, high = _move_halves(low, high, turn & 3, has_ptx)
+                        signs_0 = _turn_bits(signs_0, turn, True)
+                        signs_1 = _turn_bits(signs_1, turn, True)
+                        at = q ^ (turn >> 2)
+                        signs = tl.where(at < 8, signs_0, signs_1)
+                        signs = signs << (28 - 4 * (at & 7)).to(tl.uint32)
+                    else:
+                        is_crossed = (turn & 1) != 0
+                        old_low = low
+                        low = tl.where(is_crossed, high, low)
+                        high = tl.where(is_crossed, old_low, high)
+                        signs_0 = _turn_bits(signs_0, turn, False)
+                        signs_1 = _turn_bits(signs_1, turn, False)
+                        at = q ^ (turn >> 1)
+                        signs = tl.where(at < 16, signs_0, signs_1)
+                        signs = signs << (30 - 2 * (at & 15)).to(tl.uint32)
+                    factor = _factor_of(base)
+                    words_0 += low.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+                    words_1 += high.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+                if size == 2:
+                    x_0, x_1 = _low_half(low, value), _high_half(low, value)
+                    x_2, x_3 = _low_half(high, value), _high_half(high, value)
+                    sums += (x_0 + x_1) + (x_2 + x_3)
+                    powers += x_0 * x_0
+                    powers += x_1 * x_1
+                    powers += x_2 * x_2
+                    powers += x_3 * x_3
+                    if is_complete:
+                        buckets_0 += _signed(x_0, signs << 3)
+                        buckets_1 += _signed(x_1, signs << 2)
+                        buckets_2 += _signed(x_2, signs << 1)
+                        buckets_3 += _signed(x_3, signs)
+                    if not is_packed:
+                        larger = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
+                        smaller = tl.minimum(tl.minimum(x_0, x_1), tl.minimum(x_2, x_3))
+                        highest = tl.maximum(highest, larger)
+                        lowest = tl.minimum(lowest, smaller)
+                else:
+                    x_0 = low.to(tl.float32, bitcast=True)
+                    x_1 = high.to(tl.float32, bitcast=True)
+                    sums += x_0 + x_1
+                    powers += x_0 * x_0
+                    powers += x_1 * x_1
+                    if is_complete:
+                        buckets_0 += _signed(x_0, signs << 1)
+                        buckets_1 += _signed(x_1, signs)
+                    highest = tl.maximum(highest, tl.maximum(x_0, x_1))
+                    lowest = tl.minimum(lowest, tl.minimum(x_0, x_1))
+                base, pairs = next_base, next_pairs
+
+            squares = tl.sum(powers.to(tl.float64))
+            # Where something was not finite the tiles are read again.
+            has_failed = (squares < float("inf")) == 0
+            if has_failed:
+                squares = tl.zeros([], tl.float64)
+            else:
+                total = tl.sum(sums.to(tl.float64))
+                if is_packed:
+                    larger = _low_half(highest, value)
+                    smaller = _low_half(lowest, value)
+                    top = tl.max(tl.maximum(larger, _high_half(highest, value)))
+                    bottom = tl.min(tl.minimum(smaller, _high_half(lowest, value)))
+                else:
+                    top = tl.max(highest)
+                    bottom = tl.min(lowest)
+                if is_complete:
+                    place = tl.arange(0, far)[:, None] * near
+                    place = (place + tl.arange(0, near)[None, :]) * 2
+                    at = factors.to(tl.pointer_type(tl.int64)) + place
+                    sums_0 = tl.sum(words_0, axis=1) * tl.load(at)
+                    sums_1 = tl.sum(words_1, axis=1) * tl.load(at + 1)
+                    words = tl.sum(sums_0 + sums_1)
+                    sketch_0 = tl.sum(buckets_0.to(tl.float64), axis=1)
+                    sketch_1 = tl.sum(buckets_1.to(tl.float64), axis=1)
+                    if size == 2:
+                        sketch_2 = tl.sum(buckets_2.to(tl.float64), axis=1)
+                        sketch_3 = tl.sum(buckets_3.to(tl.float64), axis=1)
+                        sketch_0 = tl.join(sketch_0, sketch_2)
+                        sketch_1 = tl.join(sketch_1, sketch_3)
+                    sketch = tl.reshape(tl.join(sketch_0, sketch_1), [64])
+
+    # The general way: a program's own tiles, then, for the last one, what is no tile.
+    again = 0
+    if has_failed:
+        own_tiles = tl.where(tiles > 0, tiles, (units + tile - 1) // tile)
+        again = (own_tiles - part + parts - 1) // parts * tile
+    rest = tl.where((tiles > 0) & (part == parts - 1), units - tiles * tile, 0)
+    if again + rest > 0:
+        begin = tl.where(tiles > 0, edge, 0)
+        end = tl.where(tiles > 0, edge + tiles * tile, units)
+        p = tl.arange(0, 4)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+        checksum = tl.zeros([4, general, 16], tl.int64)
+        if size == 8:
+            checksum_high = tl.zeros([4, general, 16], tl.int64)
+        if value is None:
+            largest = tl.full([4, general, 16], _LEAST, tl.int64)
+            smallest = tl.full([4, general, 16], _MOST, tl.int64)
+        else:
+            largest = tl.full([4, general, 16], float("-inf"), tl.float32)
+            smallest = tl.full([4, general, 16], float("inf"), tl.float32)
+            sums_0 = tl.zeros([4, general, 16], tl.float32)
+            powers_0 = tl.zeros([4, general, 16], tl.float32)
+            buckets = tl.zeros([4, general, 16], tl.float32)
+            # NaN, +Inf and -Inf seen, 21 bits each.
+            odd = tl.zeros([4, general, 16], tl.int64)
+        done = 0
+        while done < again + rest:
+            count = done + tl.arange(0, general)[None, :, None]
+            mine = begin + (part + count // tile * parts) * tile + count % tile
+            other = count - again
+            is_mine = count < again
+            unit = tl.where(other >= edge, other + tiles * tile, other)
+            unit = tl.where(is_mine, mine, unit)
+            is_unit = (is_mine & (mine < end)) | ((other >= 0) & (other < rest))
+            unit = tl.where(is_unit, unit, 0)
+            row = (unit // blocks).to(tl.int64)
+            block = (unit % blocks).to(tl.int64)
+            index = first_index + row * index_stride
+            lane = (index & 63).to(tl.int32)
+            name = (index >> 6) + block
+            base = _mix(
+                (name & 0xFFFFFFFF).to(tl.uint32)
+                ^ _mix(((name >> 32) + _SEED).to(tl.uint32))
+            )
+            c = p ^ (base >> 26).to(tl.int32)
+            # Bytes from the unit's first lane; 32 bits are enough within a block.
+            left = tl.minimum(columns - block * 64 + lane, 64).to(tl.int32)
+            left = tl.where(is_unit, left, 0)
+            skip = tl.where(block == 0, lane, 0)
+            valid = (c >= skip) & (c < left)
+            at = address + row * row_bytes + (block * 64 - lane) * size
+            at = (at + c * size).to(tl.pointer_type(bits_type))
+            at = tl.max_contiguous(at, [1, 2, 16])  # see _load_tile
+            bits = tl.load(at, mask=valid, other=0)
+
+            factor = _factor_of(base)
+            if size < 4:
+                word = bits.to(tl.uint32) & ((1 << (8 * size)) - 1)
+                word = word << (8 * ((c * size) & 3)).to(tl.uint32)
+                checksum += word.to(tl.int64) * factor
+            elif size == 4:
+                checksum += bits.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+            else:
+                word = bits.to(tl.int64)
+                checksum += (word & 0xFFFFFFFF) * factor
+                checksum_high += ((word >> 32) & 0xFFFFFFFF) * factor
+
+            if value is None:
+                x = bits.to(tl.int64)
+                largest = tl.maximum(largest, tl.where(valid, x, _LEAST))
+                smallest = tl.minimum(smallest, tl.where(valid, x, _MOST))
+            else:
+                x = bits.to(value, bitcast=True).to(tl.float32)
+                is_finite = tl.abs(x) < float("inf")
+                kind = tl.where(x > 0, 1 << 21, tl.where(x < 0, 1 << 42, 1))
+                odd += tl.where(is_finite, 0, kind.to(tl.int64))
+                counts = is_finite & valid
+                largest = tl.maximum(largest, tl.where(counts, x, float("-inf")))
+                smallest = tl.minimum(smallest, tl.where(counts, x, float("inf")))
+                x = tl.where(is_finite, x, 0.0)
+                signs = tl.where(
+                    c < 32,
+                    _mix(base + 0x9E3779B9),
+                    _mix(base + 0x3C6EF372),
+                )
+                bit = (signs >> (c & 31).to(tl.uint32)) & 1
+                sums_0 += x
+                powers_0 += x * x
+                buckets += tl.where(bit == 1, x, -x)
+            done += general
+
+        # The word that a bucket's elements are added to, by bucket.
+        place = tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        at = factors.to(tl.pointer_type(tl.int64)) + (place * size) // 4
+        words += tl.sum(tl.sum(checksum, axis=1) * tl.load(at))
+        if size == 8:
+            words += tl.sum(tl.sum(checksum_high, axis=1) * tl.load(at + 1))
+        if value is None:
+            top = tl.max(largest)
+            bottom = tl.min(smallest)
+        else:
+            top = tl.maximum(top, tl.max(largest))
+            bottom = tl.minimum(bottom, tl.min(smallest))
+            total += tl.sum(sums_0.to(tl.float64))
+            squares += tl.sum(powers_0.to(tl.float64))
+            sketch += tl.reshape(tl.sum(buckets.to(tl.float64), axis=1), [64])
+            nan = tl.sum(odd & 0x1FFFFF)
+            plus = tl.sum((odd >> 21) & 0x1FFFFF)
+            minus = tl.sum((odd >> 42) & 0x1FFFFF)
+
+    elements = tl.where(part == 0, rows * columns, 0)
+    target = out + slot * (_ROW * 8)
+    if parts == 1:
+        _store_row(
+            target, top, bottom, total, squares, nan, plus, minus, elements, words,
+            sketch,
+        )  # fmt: skip
+        return
+    own = scratch + (partial + part).to(tl.int64) * (_PARTIAL * 8)
+    _store_row(
+        own, top, bottom, total, squares, nan, plus, minus, elements, words, sketch
+    )
+    # Who ends last of a group adds its rows up; who ends last of those, the groups'.
+    groups = (parts + group - 1) // group
+    team = part // group
+    first, counter = partial + team * group, team
+    count = tl.minimum(parts - team * group, group)
+    is_top = groups == 1
+    count_at = counters.to(tl.pointer_type(tl.int32)) + partial
+    is_waiting = True
+    while is_waiting:
+        tl.debug_barrier()
+        is_waiting = False
+        if tl.atomic_add(count_at + counter, 1, sem="acq_rel") == count - 1:
+            tl.debug_barrier()
+            tl.store(count_at + counter, 0)
+            sums = scratch + (partial + parts + team).to(tl.int64) * (_PARTIAL * 8)
+            sums = tl.where(is_top, target, sums)
+            _add_rows(scratch, first, count, sums, value is not None)
+            is_waiting = is_top == 0
+            first, counter, count = partial + parts, parts, groups
+            is_top = True
+
+
+class Form(NamedTuple):
+    """A span as the table holds it, but for its tensor and its place in the results.
+
+    Attributes:
+        offset: Bytes from the tensor's first element.
+        numbers: Those of its entry that never change.
+        parts: Programs that read it.
+        partial_rows: Rows that they leave, 0 where one program has the result.
+    """
+
+    offset: int
+    numbers: bytes
+    parts: int
+    partial_rows: int
+
+
+def form_of(span: Span, row_stride: int, size: int) -> Form:
+    """How a span is measured.
+
+    Args:
+        span: Of a tensor, not empty.
+        row_stride: Elements from row to row of the tensor.
+        size: Bytes of an element.
+    """
+    offset = (span.first_row * row_stride + span.first_column) * size
+    numbers = collapse(span, row_stride, size)
+    parts = _parts_of(numbers[0] * -(-numbers[1] // 64), size)
+    partial_rows = parts + -(-parts // _GROUP) if parts > 1 else 0
+    return Form(offset, _FORM.pack(*numbers), parts, partial_rows)
+
+
+def _parts_of(blocks: int, size: int) -> int:
+    """How many programs read a span; of the span alone, so that sums are the same."""
+    tiles = -(-blocks // _tile_of(size))
+    if tiles <= _ALONE_TILES:
+        return 1
+    return min(-(-tiles // _PART_TILES), MOST_PARTS)
+
+
+def _tile_of(size: int) -> int:
+    return _TILE_BYTES // 64 // max(size, 2)
+
+
+class Launcher:
+    """Starts kernels on one GPU, without waiting for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Keeps what all launches need on the device.
+
+        Args:
+            device: The GPU.
+        """
+        self._device = device
+        self._factors = torch.from_numpy(word_factors().view(np.int64)).to(device)
+        # What kernels leave for each other, by stream: those of one never overlap.
+        self._scratches: dict[int, tuple[Any, ...]] = {}
+        self._kernels: dict[Any, Callable[..., None]] = {}
+        self.is_gpu = device.type == "cuda"
+        self._index = 0
+        if self.is_gpu:
+            is_named = device.index is not None
+            self._index = device.index if is_named else torch.cuda.current_device()
+
+    def launch(
+        self,
+        dtype: torch.dtype,
+        table: int,
+        entries: int,
+        parts: int,
+        programs: int,
+        out: int,
+        *,
+        is_complete: bool = True,
+    ) -> None:
+        """Measures spans of tensors of one dtype.
+
+        Args:
+            dtype: Of the elements; one that `knows` knows.
+            table: Address where the GPU reads entries, which must stay there until the
+                kernel has ended.
+            entries: How many; their partial rows are not more than `SCRATCH_ROWS`.
+            parts: Address of an int32 for each program behind one an entry.
+            programs: How many there are, one an entry included.
+            out: Address on the GPU of rows of 73 float64.
+            is_complete: Whether sketch and checksum are wanted.
+        """
+        stream = 0
+        if self.is_gpu:
+            stream = triton.runtime.driver.active.get_current_stream(self._index)
+        scratch = self._scratches.get(stream) or self._add_scratch(stream)
+        key = (dtype, is_complete)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = _bind(_constants(dtype, is_complete))
+        kernel(programs, stream, table, parts, *scratch[:3], out, entries)
+
+    def _add_scratch(self, stream: int) -> tuple[Any, ...]:
+        """Addresses of factors, partial rows and counters, and what keeps them."""
+        shape = (SCRATCH_ROWS, _PARTIAL_WIDTH)
+        rows = torch.empty(shape, dtype=torch.float64, device=self._device)
+        counters = torch.zeros(SCRATCH_ROWS, dtype=torch.int32, device=self._device)
+        kept = (self._factors, rows, counters)
+        scratch = (*(tensor.data_ptr() for tensor in kept), kept)
+        self._scratches[stream] = scratch
+        return scratch
+
+
+class Pending:
+    """Spans of tensors of one dtype that the next launch measures.
+
+    They stand in a table in pinned memory, which the kernel reads there; it is used in
+    two halves, and a half is written again when the kernels that read it have ended.
+    """
+
+    def __init__(self, start: Launcher, dtype: torch.dtype) -> None:
+        """Makes the table.
+
+        Args:
+            start: Of the GPU.
+            dtype: Of the elements; one that `knows` knows.
+        """
+        self._launcher, self._dtype = start, dtype
+        pin = start.is_gpu
+        size = 2 * _HALF * ENTRY.size
+        table = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        parts = torch.empty(2 * SCRATCH_ROWS, dtype=torch.int32, pin_memory=pin)
+        self._keep = (table, parts)
+        self._table, self._parts = memoryview(table.numpy()), parts.numpy()
+        self._table_address, self._parts_address = table.data_ptr(), parts.data_ptr()
+        self._half, self._events = 0, [None, None]
+        # First entry that was not launched yet, the next one, and the half's last.
+        self._first, self._next, self._end = 0, 0, _HALF
+        self._first_part, self._next_part, self._end_part = 0, 0, SCRATCH_ROWS
+        self._partial = 0
+
+    def add(self, address: int, slot: int, form: Form, out: int) -> None:
+        """Notes a span of a tensor.
+
+        Args:
+            address: Of the tensor's first element.
+            slot: Row of the result.
+            form: Of the span.
+            out: Address of the rows, in case the table is full.
+        """
+        place = self._next
+        if place == self._end:
+            self._turn(out)
+            place = self._next
+        offset, numbers, parts, partial_rows = form
+        if parts > 1:
+            parts |= self._add_parts(form, out) << 16
+            place = self._next
+        ENTRY.pack_into(
+            self._table, place * ENTRY.size, address + offset, slot, numbers, parts
+        )
+        self._next = place + 1
+
+    def _add_parts(self, form: Form, out: int) -> int:
+        """Notes a span's other programs and returns its first partial row."""
+        extra = form.parts - 1
+        if self._next_part + extra > self._end_part:
+            self._turn(out)
+        elif self._partial + form.partial_rows > SCRATCH_ROWS:
+            self.launch(out)
+        first = self._next_part
+        number = (self._next - self._first) << PART_BITS
+        np.add(_PARTS[:extra], number, out=self._parts[first : first + extra])
+        self._next_part = first + extra
+        partial = self._partial
+        self._partial = partial + form.partial_rows
+        return partial
+
+    def launch(self, out: int, *, is_complete: bool = True) -> None:
+        """Starts the kernel for what was noted.
+
+        Args:
+            out: Address on the GPU of rows of 73 float64.
+            is_complete: Whether sketch and checksum are wanted.
+        """
+        first, first_part = self._first, self._first_part
+        entries = self._next - first
+        if not entries:
+            return
+        self._launcher.launch(
+            self._dtype,
+            self._table_address + first * ENTRY.size,
+            entries,
+            self._parts_address + first_part * 4,
+            entries + self._next_part - first_part,
+            out,
+            is_complete=is_complete,
+        )
+        self._first, self._first_part = self._next, self._next_part
+        self._partial = 0
+
+    def _turn(self, out: int) -> None:
+        """Goes on with the table's other half."""
+        self.launch(out)
+        half = self._half
+        if self._launcher.is_gpu:
+            self._events[half] = event = torch.cuda.Event()
+            event.record()
+        half = self._half = 1 - half
+        event = self._events[half]
+        if event is not None:
+            event.synchronize()
+        self._first = self._next = half * _HALF
+        self._end = self._next + _HALF
+        self._first_part = self._next_part = half * SCRATCH_ROWS
+        self._end_part = self._next_part + SCRATCH_ROWS
+
+
+def _constants(dtype: torch.dtype, is_complete: bool) -> dict[str, Any]:
+    """The kernel's arguments that it is compiled for."""
+    kind = _KINDS[dtype]
+    tile = _tile_of(kind.size)
+    return {
+        "bits_type": kind.bits,
+        "size": kind.size,
+        "value": kind.value,
+        "has_ptx": _has_ptx(),
+        "is_complete": is_complete,
+        "tile": tile,
+        "near": 32 * _WARPS // tile,
+        "far": 4,
+        "general": _GENERAL_TILE,
+        "group": _GROUP,
+    }
+
+
+@functools.cache
+def _has_ptx() -> bool:
+    """Whether kernels may use PTX of compute capability 8.0."""
+    if is_interpreted():
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 80
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU."""
+    return not isinstance(_measure_kernel, triton.runtime.JITFunction)
+
+
+def _bind(constants: dict[str, Any]) -> Callable[..., None]:
+    """A function that starts the kernel: programs, stream, then its other arguments.
+
+    Triton's own launcher looks at every argument of every launch. Here all are numbers
+    of a known size, so the compiled kernel is kept and started with them.
+    """
+
+    def start(programs: int, stream: int, *arguments: int) -> None:
+        del stream  # the current one
+        _measure_kernel[(programs,)](*arguments, **constants, num_warps=_WARPS)
+
+    if is_interpreted():
+        return start
+    example = (*[2**40] * 6, 1)
+    kernel = _measure_kernel.warmup(*example, **constants, num_warps=_WARPS, grid=(1,))
+    if hasattr(kernel, "result"):
+        kernel = kernel.result()
+    run, values = kernel.run, tuple(constants.values())
+    fixed = (kernel.function, kernel.packed_metadata, None, None, None)
+
+    def start_quickly(programs: int, stream: int, *arguments: int) -> None:
+        run(programs, 1, 1, stream, *fixed, *arguments, *values)
+
+    return start_quickly
+
+
+@functools.cache
+def launcher(device: torch.device) -> Launcher:
+    """The launcher of a GPU."""
+    return Launcher(device)
 
 
 class CudaBackend:
@@ -427,6 +989,7 @@ class CudaBackend:
 
     def __init__(self) -> None:
         self._reference = ReferenceBackend()
+        self._pending: dict[Any, Pending] = {}
 
     def measure(
         self, tensor: torch.Tensor, parts: Sequence[Sequence[Span]], rows: records.Row
@@ -442,122 +1005,23 @@ class CudaBackend:
             tensor = tensor.resolve_neg().contiguous()
         layout = as_rows(tensor.shape, tensor.stride())
         assert layout is not None
-        entries = [
-            (tensor.data_ptr() + offset, *rest, slot)
-            for slot, span in enumerate(spans)
-            for offset, *rest in (entry_of(span, layout[1], tensor.element_size()),)
-        ]
-        found = torch.empty(
-            (len(spans), records.ROW_WIDTH), dtype=torch.float64, device=tensor.device
-        )
-        table = torch.tensor(entries, dtype=torch.int64).to(tensor.device)
-        run_kernels(entries, table.data_ptr(), tensor.dtype, found)
-        _add_parts(found.cpu().numpy(), parts, rows, is_float=kind[2] is not None)
-
-
-def run_kernels(
-    entries: Sequence[Sequence[int]],
-    table_address: int,
-    dtype: torch.dtype,
-    out: torch.Tensor,
-) -> None:
-    """Starts the kernels for spans of tensors of one dtype, without waiting for them.
-
-    Args:
-        entries: One a span, `ENTRY_WIDTH` numbers each; none is empty.
-        table_address: Of the same numbers (int64) where the GPU reads them, which they
-            must not leave before the kernels have ended.
-        dtype: Of the elements; one that `knows` knows.
-        out: (slots, 73) float64 on the GPU.
-    """
-    bits_type, size, float_type = _KINDS[dtype]
-    units = max(entry[1] * ((entry[2] + 126) // 64) for entry in entries)
-    programs = -(-units // (_TILE * (1 if units <= _FEW_UNITS else _STEPS)))
-    if units <= _ONE_PROGRAM_UNITS:
-        programs = 1
-    is_float = float_type is not None
-    spans, device = len(entries), out.device
-    width = records.ROW_WIDTH if programs == 1 else _WIDTH
-    rows = out if programs == 1 else _empty(spans * programs, width, device)
-    arguments = (
-        table_address,
-        _word_factors(device),
-        rows,
-        rows.view(torch.int64),
-        programs,
-        width,
-        programs == 1,
-    )
-    is_again = False
-    if size == _PAIR_BYTES and is_float and units > _FEW_UNITS:
-        is_again = _has_whole_words(entries)
-    if is_again:
-        _pairs_kernel[(programs, spans)](
-            *arguments, _is_line(entries), float_type, _TILE, num_warps=2
-        )
-    _measure_kernel[(programs, spans)](
-        *arguments, is_again, bits_type, size, float_type, _TILE, num_warps=2
-    )
-    while programs > 1:
-        groups = -(-programs // _GROUP)
-        is_last = groups == 1
-        width = records.ROW_WIDTH if is_last else _WIDTH
-        target = out if is_last else _empty(spans * groups, width, device)
-        _combine_kernel[(groups, spans)](
-            table_address,
-            rows,
-            rows.view(torch.int64),
-            target,
-            target.view(torch.int64),
-            programs,
-            width,
-            is_last,
-            is_float,
-            _GROUP,
-            num_warps=4,
-        )
-        rows, programs = target, groups
+        shape = (len(spans), records.ROW_WIDTH)
+        found = torch.empty(shape, dtype=torch.float64, device=tensor.device)
+        key = (tensor.device, tensor.dtype)
+        pending = self._pending.get(key)
+        if pending is None:
+            pending = Pending(launcher(tensor.device), tensor.dtype)
+            self._pending[key] = pending
+        address, out = tensor.data_ptr(), found.data_ptr()
+        for slot, span in enumerate(spans):
+            pending.add(address, slot, form_of(span, layout[1], kind.size), out)
+        pending.launch(out)
+        _add_parts(found.cpu().numpy(), parts, rows, is_float=kind.value is not None)
 
 
 def knows(dtype: torch.dtype) -> bool:
-    """Whether the kernels measure elements of a dtype."""
+    """Whether the kernel measures elements of a dtype."""
     return dtype in _KINDS
-
-
-@functools.cache
-def _word_factors(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(word_factors().view(np.int64)).to(device)
-
-
-def _has_whole_words(entries: Sequence[Sequence[int]]) -> bool:
-    """Whether elements with even index lie at multiples of 4 bytes in every row."""
-    for address, rows, _, row_bytes, first_index, index_stride, _ in entries:
-        if (address // 2 - first_index) % 2:
-            return False
-        if rows > 1 and (row_bytes % 4 or index_stride % 2):
-            return False
-    return True
-
-
-def _is_line(entries: Sequence[Sequence[int]]) -> bool:
-    """Whether every span is one row whose blocks are numbered in 31 bits."""
-    return all(entry[1] == 1 and entry[4] + entry[2] < _LINE_END for entry in entries)
-
-
-def _empty(rows: int, width: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((rows, width), dtype=torch.float64, device=device)
-
-
-def entry_of(span: Span, row_stride: int, size: int) -> tuple[int, ...]:
-    """An entry without its slot: offset, rows, columns, bytes a row, indices.
-
-    Args:
-        span: Of a tensor.
-        row_stride: Elements from row to row of the tensor.
-        size: Bytes of an element.
-    """
-    offset = (span.first_row * row_stride + span.first_column) * size
-    return offset, *collapse(span, row_stride, size)
 
 
 def _add_parts(

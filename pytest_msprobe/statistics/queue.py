@@ -8,7 +8,7 @@ them home.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,15 @@ from pytest_msprobe.model.records import ROW_WIDTH
 from pytest_msprobe.statistics import cuda
 from pytest_msprobe.statistics.spec import Span
 
-# A span as it is noted: which spans it is measured with, then an entry of `cuda`.
-Prepared = tuple[tuple[torch.dtype, int], tuple[int, ...]]
-
 # Rows that a buffer holds: 4.8 MB, and there are two, here and on the GPU.
 _ROWS = 8192
-# Entries of the table, used in two halves.
-_ENTRIES = 16384
-# Spans up to 2^15 elements are measured together.
-_SMALL_MAGNITUDE = 5
+
+
+class Prepared(NamedTuple):
+    """The spans of a tensor as a queue takes them."""
+
+    dtype: torch.dtype
+    forms: tuple[cuda.Form, ...]
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class _Buffer:
 
 def prepare(
     dtype: torch.dtype, spans: Sequence[Span], row_stride: int, size: int
-) -> list[Prepared]:
+) -> Prepared:
     """Spans of a tensor as a queue takes them.
 
     Args:
@@ -60,13 +60,9 @@ def prepare(
         row_stride: Elements from row to row of the tensor.
         size: Bytes of an element.
     """
-    found = []
-    for span in spans:
-        # Spans of one launch have as many programs each as the largest needs.
-        magnitude = (span.rows * span.columns).bit_length() // 3
-        group = (dtype, max(magnitude, _SMALL_MAGNITUDE))
-        found.append((group, cuda.entry_of(span, row_stride, size)))
-    return found
+    return Prepared(
+        dtype, tuple(cuda.form_of(span, row_stride, size) for span in spans)
+    )
 
 
 class DeviceQueue:
@@ -89,53 +85,44 @@ class DeviceQueue:
             for _ in range(2)
         ]
         self._current = 0
+        self._out = 0
         self._home: npt.NDArray[np.float64] | None = None
         self._used = 0
-        self._pending: dict[tuple[torch.dtype, int], list[tuple[int, ...]]] = {}
-        table = torch.empty(
-            (_ENTRIES, cuda.ENTRY_WIDTH), dtype=torch.int64, pin_memory=self._is_cuda
-        )
-        self._table, self._table_address = table.numpy(), table.data_ptr()
-        self._keep = table
-        self._next = 0
-        self._half_events: list[Any] = [None, None]
+        self._launcher = cuda.launcher(device)
+        self._pending: dict[torch.dtype, cuda.Pending] = {}
 
     def add(
-        self, address: int, spans: Sequence[Prepared]
+        self, address: int, prepared: Sequence[Any]
     ) -> tuple[npt.NDArray[np.float64], int]:
         """Notes a tensor to be measured; its owner keeps it until `launch`.
 
         Args:
             address: Of its first element.
-            spans: From `prepare`.
+            prepared: From `prepare`.
 
         Returns:
             Memory where a row for each span will be once `settle` has returned,
             (n, 73), and the first of them.
         """
+        dtype, forms = prepared
         home = self._home
-        if home is None or self._used + len(spans) > _ROWS:
+        if home is None or self._used + len(forms) > _ROWS:
             home = self._turn()
+        pending = self._pending.get(dtype)
+        if pending is None:
+            pending = cuda.Pending(self._launcher, dtype)
+            self._pending[dtype] = pending
         first = slot = self._used
-        for group, (offset, *numbers) in spans:
-            pending = self._pending.get(group)
-            if pending is None:
-                pending = self._pending[group] = []
-            pending.append((address + offset, *numbers, slot))
+        for form in forms:
+            pending.add(address, slot, form, self._out)
             slot += 1
         self._used = slot
         return home, first
 
     def launch(self) -> None:
         """Starts the kernels for everything noted."""
-        if not self._pending:
-            return
-        out = self._buffers[self._current].device
-        noted, self._pending = self._pending, {}
-        for (dtype, _), entries in noted.items():
-            for start in range(0, len(entries), _ENTRIES // 4):
-                some = entries[start : start + _ENTRIES // 4]
-                cuda.run_kernels(some, self._write(some), dtype, out)
+        for pending in self._pending.values():
+            pending.launch(self._out)
 
     def finish(self) -> None:
         """A step has ended: its rows are copied home, without waiting for them."""
@@ -163,23 +150,8 @@ class DeviceQueue:
         self._buffers[self._current].settle()
         self._home = np.empty((_ROWS, ROW_WIDTH))
         self._used = 0
+        self._out = self._buffers[self._current].device.data_ptr()
         return self._home
-
-    def _write(self, entries: list[tuple[int, ...]]) -> int:
-        """Writes entries into the table and returns the address of the first."""
-        half = _ENTRIES // 2
-        before, end = self._next // half, self._next + len(entries)
-        if before != (end - 1) // half:  # leaves this half
-            self._half_events[before] = self._record()
-            before = 1 - before
-            self._next = before * half
-            event = self._half_events[before]
-            if event is not None:
-                event.synchronize()
-        first = self._next
-        self._next = first + len(entries)
-        self._table[first : self._next] = entries
-        return self._table_address + first * cuda.ENTRY_WIDTH * 8
 
     def _record(self) -> Any:
         if not self._is_cuda:
