@@ -215,7 +215,7 @@ def _load_tile(
     origin,
     row_bytes,
     q,
-    is_wanted,
+    wanted,
     tile: tl.constexpr,
     size: tl.constexpr,
     is_complete: tl.constexpr,
@@ -232,12 +232,13 @@ def _load_tile(
         origin: Address of the first row's first block.
         row_bytes: From row to row.
         q: A lane's buckets, divided by those of a pair of words.
-        is_wanted: Whether there is such a tile.
+        wanted: `tile` if there is such a tile, else 0.
         tile: Blocks.
         size: Bytes of an element.
         is_complete: Whether lanes load what belongs into their buckets.
     """
-    near = block + tl.arange(0, tile)[None, :, None]
+    lane = tl.arange(0, tile)[None, :, None]
+    near = block + lane
     twice = (near * 2).to(tl.uint32)
     over = tl.umulhi(twice, tl.zeros_like(twice) + inverse).to(tl.int32)
     near -= over * blocks
@@ -253,7 +254,7 @@ def _load_tile(
     # Not so, but lanes that share a block must lie side by side in a warp, and this is
     # how Triton is told; it loads no vectors, because nothing is known of `origin`.
     at = tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 2, q.shape[2]])
-    pairs = tl.load(at, mask=is_wanted, other=0)
+    pairs = tl.load(at, mask=lane < wanted, other=0)
     # All lanes get the hash, though those of a block get the same: no exchange.
     return tl.broadcast_to(base, pairs.shape), pairs
 
@@ -297,7 +298,7 @@ def _add_rows(source, first, count, target, is_float: tl.constexpr):
         inside = (number < count)[:, None]
         row = (source + (first + number).to(tl.int64) * (_PARTIAL * 8))[:, None]
         # Never from a cache that other programs' writes do not reach.
-        at = (row + (_SKETCH + bucket)[None, :] * 8).to(tl.pointer_type(tl.float64))
+        at = (row + (bucket + _SKETCH)[None, :] * 8).to(tl.pointer_type(tl.float64))
         values = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
         sketch += tl.sum(values, axis=0)
         at = (row + column[None, :] * 8).to(tl.pointer_type(tl.int64))
@@ -457,7 +458,7 @@ def _measure_kernel(
             block_step = parts * tile - row_step * blocks
             base, pairs = _load_tile(
                 row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
-                part < tiles, tile, size, is_complete,
+                tile, tile, size, is_complete,
             )  # fmt: skip
             done = part
             while done < tiles:
@@ -469,7 +470,7 @@ def _measure_kernel(
                 block = tl.where(is_over, block - blocks, block)
                 next_base, next_pairs = _load_tile(
                     row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
-                    done < tiles, tile, size, is_complete,
+                    tl.where(done < tiles, tile, 0), tile, size, is_complete,
                 )  # fmt: skip
 
                 turn = (base >> 26).to(tl.int32)
@@ -482,7 +483,7 @@ def _measure_kernel(
                     signs_0 = ~_mix(base + 0x9E3779B9)
                     signs_1 = ~_mix(base + 0x3C6EF372)
                     if size == 2:
-                        low, high = _move_halves(low, high, turn & 3, has_ptx)
+                        is_crossed = (turn & 2) != 0
                         signs_0 = _turn_bits(signs_0, turn, True)
                         signs_1 = _turn_bits(signs_1, turn, True)
                         at = q ^ (turn >> 2)
@@ -490,17 +491,20 @@ def _measure_kernel(
                         signs = signs << (28 - 4 * (at & 7)).to(tl.uint32)
                     else:
                         is_crossed = (turn & 1) != 0
-                        old_low = low
-                        low = tl.where(is_crossed, high, low)
-                        high = tl.where(is_crossed, old_low, high)
                         signs_0 = _turn_bits(signs_0, turn, False)
                         signs_1 = _turn_bits(signs_1, turn, False)
                         at = q ^ (turn >> 1)
                         signs = tl.where(at < 16, signs_0, signs_1)
                         signs = signs << (30 - 2 * (at & 15)).to(tl.uint32)
+                    first = tl.where(is_crossed, high, low)
+                    second = tl.where(is_crossed, low, high)
                     factor = _factor_of(base)
-                    words_0 += low.to(tl.uint32, bitcast=True).to(tl.int64) * factor
-                    words_1 += high.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+                    words_0 += first.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+                    words_1 += second.to(tl.uint32, bitcast=True).to(tl.int64) * factor
+                    if size == 2:
+                        low, high = _move_halves(low, high, turn & 3, has_ptx)
+                    else:
+                        low, high = first, second
                 if size == 2:
                     x_0, x_1 = _low_half(low, value), _high_half(low, value)
                     x_2, x_3 = _low_half(high, value), _high_half(high, value)
