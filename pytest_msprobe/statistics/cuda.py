@@ -891,7 +891,9 @@ class Launcher:
         key = (dtype, is_complete)
         kernel = self._kernels.get(key)
         if kernel is None:
-            kernel = self._kernels[key] = _bind(_constants(dtype, is_complete))
+            kernel = self._kernels[key] = _bind(
+                _constants(dtype, is_complete=is_complete)
+            )
         kernel(programs, stream, table, parts, *scratch[:3], out, entries)
 
     def _add_scratch(self, stream: int) -> tuple[Any, ...]:
@@ -1023,7 +1025,7 @@ def _recorded() -> Any:
     return event
 
 
-def _constants(dtype: torch.dtype, is_complete: bool) -> dict[str, Any]:
+def _constants(dtype: torch.dtype, *, is_complete: bool) -> dict[str, Any]:
     """The kernel's arguments that it is compiled for."""
     kind = _KINDS[dtype]
     tile, far = _tile_of(kind.size), 4
