@@ -7,7 +7,8 @@
 Every tool has a process and an engine of its own; they take turns, so that a slow spell
 of the machine hits all of them. Figures are medians over the rounds, and ratios to the
 engine that has no tool installed. Writing files happens when a capture ends and is not
-in them, for msProbe as little as it allows: it writes while the model runs.
+in them, for msProbe as little as it allows: it writes while the model runs. Rows, rows
+measured and bytes of the dump are those of a step.
 With --msprobe, the real tool (mindstudio-probe, in the site-packages given) runs as
 well, put around execute_model as its guide for vLLM says.
 """
@@ -171,6 +172,7 @@ def measure_ours(llm, variant, what, number):
         "ms": ms,
         "rows": reply["rows"] // steps,
         "measured": reply["measured"] // steps,
+        "bytes": reply["bytes"] // steps,
         "written_later_ms": seconds / steps * 1e3,
     }
 
@@ -344,6 +346,7 @@ def summarize(samples):
                 "added_ms": round(ms - base[what, number], 3),
                 "rows": replies[0].get("rows", 0),
                 "measured": replies[0].get("measured", 0),
+                "bytes": replies[0].get("bytes", 0),
                 "written_later_ms": round(replies[0].get("written_later_ms", 0.0), 2),
             }
         )

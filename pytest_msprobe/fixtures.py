@@ -15,7 +15,9 @@ class Msprobe:
         self._session = session
         self._item = item
 
-    def capture(self, llm: Any, name: str | None = None) -> Capture:
+    def capture(
+        self, llm: Any, name: str | None = None, *, follow: Capture | None = None
+    ) -> Capture:
         """A context manager that records what an engine computes meanwhile.
 
         A test's first one discards what `msprobe_engine` has recorded automatically.
@@ -23,8 +25,10 @@ class Msprobe:
         Args:
             llm: A `vllm.LLM`: the fixture's or one of your own.
             name: Name of the capture; a test's first one needs none.
+            follow: Another capture of this test, with the same prompts, whose tokens
+                are fed back in place of those that are sampled.
         """
-        return self._session.new_capture(self._item, llm, name)
+        return self._session.new_capture(self._item, llm, name, follow=follow)
 
     def record(
         self,
@@ -35,6 +39,7 @@ class Msprobe:
         env: dict[str, str] | None = None,
         python: str | None = None,
         name: str | None = None,
+        follow: Capture | None = None,
     ) -> Capture:
         """Records a generation by an engine in a process of its own, which then ends.
 
@@ -49,6 +54,7 @@ class Msprobe:
             python: Interpreter of another virtual environment with vLLM;
                 pytest-msprobe need not be installed there.
             name: Name of the capture; a test's first one needs none.
+            follow: Another capture of this test whose tokens are fed back.
 
         Raises:
             EngineError: The process failed; the message holds its last lines.
@@ -61,6 +67,7 @@ class Msprobe:
             env=env,
             python=python,
             name=name,
+            follow=follow,
         )
 
     def check(self, *, tolerances: Any = None) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest hooks. Loading this module imports none of torch, vllm and numpy."""
 
+import logging
 import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -15,7 +16,30 @@ from pytest_msprobe.session import CALIBRATION, MARKER, SESSION, MsprobeSession
 _FIXTURES = {"msprobe", "msprobe_engine"}
 # Set by the command pytest-msprobe: a file to note the run folder in.
 _POINTER = "MSPROBE_RUN_POINTER"
+_LOGGER = "pytest_msprobe"
 _MODES = ("new", "failing", "all")
+
+
+class _LiveWarnings(logging.Handler):
+    """Prints what is warned of while a test runs at once: a long capture waits."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__(logging.WARNING)
+        self._plugins = config.pluginmanager
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a line, past pytest's capturing of output."""
+        reporter = self._plugins.get_plugin("terminalreporter")
+        capturing = self._plugins.get_plugin("capturemanager")
+        if reporter is None or capturing is None:
+            return
+        with capturing.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(record.getMessage(), yellow=True)
+            reporter.flush()
+
+
+_LIVE = pytest.StashKey[_LiveWarnings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,6 +141,15 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if SESSION not in config.stash:  # loaded by -p: the early hook did not run
         config.stash[SESSION] = _read(config)
+    if config.stash[SESSION] is not None:
+        handler = config.stash[_LIVE] = _LiveWarnings(config)
+        logging.getLogger(_LOGGER).addHandler(handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Takes back what the run has changed outside itself."""
+    if _LIVE in config.stash:
+        logging.getLogger(_LOGGER).removeHandler(config.stash[_LIVE])
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

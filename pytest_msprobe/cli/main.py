@@ -74,15 +74,64 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("path", help="golden or capture file")
     show.add_argument("--calls", action="store_true", help="list its calls as well")
     show.set_defaults(action=lambda o: inspect.show(o.path, has_calls=o.calls))
-    examine = commands.add_parser("doctor", help="say what runs here and what will not")
-    examine.add_argument(
+    _doctor_command(commands)
+    return parser
+
+
+def _doctor_command(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="plant faults into the configured engine: does the gate see them?",
+    )
+    command.add_argument(
         "--env",
         action="store_true",
-        required=True,
-        help="versions, device, model runner, entry point; starts no engine",
+        help="only say what runs here and what will not; starts no engine",
     )
-    examine.set_defaults(action=lambda _options: doctor.environment())
-    return parser
+    command.add_argument("--msprobe-config", metavar="FILE", help="configuration")
+    command.add_argument(
+        "--faults", metavar="NAME,...", help="kinds of fault; default: all"
+    )
+    command.add_argument(
+        "--places", type=int, default=1, metavar="N", help="places of each kind"
+    )
+    command.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="clean runs that must pass"
+    )
+    command.add_argument(
+        "--power",
+        type=float,
+        metavar="X",
+        help="relative L2 change of a row that must be caught; default: twice the "
+        "default limit",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of places and prompts"
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="do not search for the smallest size that is caught",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(
+        action=lambda o: (
+            doctor.environment()
+            if o.env
+            else doctor.examine(
+                doctor.Options(
+                    o.msprobe_config,
+                    o.faults,
+                    o.places,
+                    o.runs,
+                    o.power,
+                    o.seed,
+                    o.quick,
+                    o.json,
+                )
+            )
+        )
+    )
 
 
 def _golden_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -7,6 +7,9 @@ is the origin, an output means to descend into that child, none means this call.
 disagrees as well where something inside it does and it returns what it should. A leaf
 whose output error is below DRIFT times its input error is no origin but drift.
 
+An input that is, bit by bit, what a call inside the same parent returned whose own rows
+are not judged (ignored, renamed, new) was brought in by that call.
+
 Only rows that are judged disagree. Across keys the inputs of modules are not judged;
 they only tell, once a child's output disagrees, whether its input did so before.
 """
@@ -141,6 +144,7 @@ class _Search:
 
     def __init__(self, pairs: Pairs, errors: RowErrors, is_judged: _Bools) -> None:
         self._calls = pairs.candidate.calls
+        self._pairs = pairs
         self._errors = errors
         self._judged_ratio = np.where(is_judged, errors.ratio, 0.0)
         size = len(self._calls)
@@ -148,6 +152,8 @@ class _Search:
         partner = np.full(len(pairs.candidate.key), -1, dtype=np.int64)
         partner[pairs.new] = np.arange(len(pairs.new))
         uses = pairs.candidate.uses
+        self._is_judged = np.zeros(len(partner), dtype=np.bool_)
+        self._is_judged[pairs.new[is_judged]] = True
         calls, found = uses[:, 0], partner[uses[:, 1]]
         is_output = pairs.candidate.is_output[uses[:, 1]]
         is_in, is_out = ((found >= 0) & flag for flag in (~is_output, is_output))
@@ -226,7 +232,19 @@ class _Search:
 
     def _own_code(self, node: int, child: int, row: int) -> Divergence:
         """A child's input differs although nothing before it did."""
-        kind: DivergenceKind = "inputs" if node == ROOT else "origin"
+        kind: DivergenceKind = "origin"
+        if node == ROOT and not self._has_before(child):
+            kind = "inputs"
+        giver = self._giver(node, child, row)
+        if giver is not None:
+            return Divergence(
+                "origin",
+                self._name(giver),
+                self._module(giver),
+                handed_to=self._name(child),
+                finding=self._errors.finding(row),
+                output_error=portable(self._input_error[child]),
+            )
         before = 0.0 if node == ROOT else self._input_error[node]
         return Divergence(
             kind,
@@ -237,6 +255,40 @@ class _Search:
             input_error=portable(before),
             output_error=portable(self._input_error[child]),
         )
+
+    def _has_before(self, call: int) -> bool:
+        """Whether another call has ended before one in the same step."""
+        steps = self._pairs.candidate.steps
+        inside = np.flatnonzero(steps[:call] == steps[call]).tolist()
+        return any(not self._is_inside(other, call) for other in inside)
+
+    def _is_inside(self, call: int, around: int) -> bool:
+        while call not in (around, ROOT):
+            call = int(self._parents[call])
+        return call == around
+
+    def _giver(self, node: int, child: int, row: int) -> int | None:
+        """The call inside a parent that returned what a child was given.
+
+        None where there is none, or where its own rows are judged.
+        """
+        rows = self._pairs.candidate
+        _, given = self._pairs.line_pair(row)
+        if not given.c:
+            return None
+        known = rows.uses[rows.is_output[rows.uses[:, 1]]]
+        known = known[(known[:, 0] < child) & (rows.steps[known[:, 0]]
+                                               == rows.steps[child])]  # fmt: skip
+        for call, other in known.tolist():
+            line = rows.lines[rows.tensor[other]]
+            if (line.c, line.d, line.g) != (given.c, given.d, given.g):
+                continue
+            if self._is_inside(call, child):
+                continue
+            if node != ROOT and not self._is_inside(call, node):
+                continue
+            return None if self._is_judged[other] else int(call)
+        return None
 
     def _drift(self, leaf: int) -> Divergence:
         """No single call: names the leaf whose error grew most, up to this one."""

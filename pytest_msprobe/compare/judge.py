@@ -7,8 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.divergence import DRIFT, find_divergence, growth_of_rows
+from pytest_msprobe.compare.divergence import (
+    DRIFT,
+    changed_weights,
+    find_divergence,
+    growth_of_rows,
+)
 from pytest_msprobe.compare.errors import Elements, Errors
+from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
@@ -19,6 +25,7 @@ from pytest_msprobe.compare.signature import (
 from pytest_msprobe.compare.structure import structure_changes
 from pytest_msprobe.compare.tokens import (
     compare_tokens,
+    own_flips,
     positions_behind_flips,
     unrecorded_tokens,
 )
@@ -31,13 +38,19 @@ from pytest_msprobe.compare.tolerance import (
     rule_text,
     unmatched_rules,
 )
-from pytest_msprobe.dump.capture import CaptureFile, TensorLine, without_collector
+from pytest_msprobe.dump.capture import (
+    FORCED,
+    CaptureFile,
+    TensorLine,
+    without_collector,
+)
 from pytest_msprobe.model.limits import (
     NOISE_MULTIPLE,
     ROW_METRICS,
     KeyMode,
     Rule,
 )
+from pytest_msprobe.model.segments import segment_name
 from pytest_msprobe.model.verdict import (
     AppliedRule,
     TokenDifference,
@@ -102,7 +115,8 @@ def judge(
         rank=candidate.header.rank,
         rules=[AppliedRule.of(rule) for rule in rules],
     )
-    verdict.changes = differences(golden.header.provenance, candidate.header.provenance)
+    sides = golden.header.provenance, candidate.header.provenance
+    verdict.changes = [line for line in differences(*sides) if line[0] != FORCED]
     verdict.reasons = incomparable_reasons(golden.header, candidate.header)
     verdict.reasons += prefix_reasons(golden, candidate)
     if verdict.reasons:
@@ -189,6 +203,7 @@ class _Judge:
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
         self._names: Sequence[str] = []
+        self._rerouted = ""
 
     def compare(
         self,
@@ -219,6 +234,7 @@ class _Judge:
         verdict.unjudged = int(masks.unjudged.sum())
         verdict.failed = int(failed.sum())
         self._note_missing(pairs, limits)
+        self._note_untold_choices(pairs)
         self._note_what_is_judged(pairs.golden)
         self._settle(pairs, errors, masks)
         self._list_worst(pairs, errors, masks.judged)
@@ -286,6 +302,7 @@ class _Judge:
         unjudged |= self._is_flipped_token(rows, new)
         counts = ~limits.is_ignored[: len(new)] & ~unjudged
         counts &= ~is_whole | _is_in(steps, schedule.equal_steps)
+        counts &= ~self._is_rerouted(pairs)
         if self._mode == "same":
             return _Masks(counts, counts, unjudged)
         is_module, is_output = rows.is_of_module(new), rows.is_output[new]
@@ -294,21 +311,45 @@ class _Judge:
         evidence = judged | (counts & is_module & ~is_output & is_float)
         return _Masks(judged, evidence, unjudged)
 
+    def _is_rerouted(self, pairs: Pairs) -> _Bools:
+        """Rows behind a router that chose other experts where rounding may do so."""
+        rows, new = pairs.candidate, pairs.new
+        is_loose = np.ones(len(new), dtype=np.bool_)
+        if self._mode == "same":
+            is_loose = rows.in_segments(new, self._schedule.is_moved)
+        found = find_reroutes(pairs, is_loose, self._candidate.steps)
+        self._rerouted = found.first
+        self._verdict.rerouted = int(found.is_behind.sum())
+        return found.is_behind
+
     def _is_flipped_token(self, rows: Rows, chosen: _I64) -> _Bools:
         """Integers of the sample that another token came from: the token itself.
 
         Tokens and log-probabilities judge it.
         """
-        if not self._schedule.flips:
+        own = self._own_segments()
+        if not self._schedule.flips and not own:
             return np.zeros(len(chosen), dtype=np.bool_)
-        is_flip = rows.in_segments(chosen, self._schedule.is_flip)
+        is_flip = rows.in_segments(
+            chosen, lambda text: text in own or self._schedule.is_flip(text)
+        )
         return is_flip & rows.with_property(chosen, _is_sampled_integer)
+
+    def _own_segments(self) -> set[str]:
+        """Segments from which another token would have been sampled than was fed."""
+        prompts = {r.label: r.prompt_tokens for r in self._golden.header.requests}
+        return {
+            segment_name(label, prompts[label] - 1 + number, prompts[label])
+            for label, numbers in own_flips(*self._requests).items()
+            for number in numbers
+        }
 
     def _note_missing(self, pairs: Pairs, limits: ResolvedLimits) -> None:
         verdict, rows, missing = self._verdict, pairs.golden, pairs.missing
         first = len(pairs.new)
         needed = ~limits.is_ignored[first : first + len(missing)]
         needed &= ~rows.in_segments(missing, self._schedule.is_behind)
+        needed &= ~is_of_choice(rows, missing)  # they only say what can be judged
         needed &= ~rows.in_segments(missing, _is_whole) | _is_in(
             rows.steps[rows.call[missing]], self._schedule.needed_steps
         )
@@ -322,6 +363,15 @@ class _Judge:
                 pairs.golden, pairs.candidate, has_apis=self._mode == "same"
             )
             verdict.structure = changes[:WORST]
+
+    def _note_untold_choices(self, pairs: Pairs) -> None:
+        told = tells_choices(pairs.golden), tells_choices(pairs.candidate)
+        if self._mode == "cross" and told[0] != told[1]:
+            side = "this capture" if told[0] else "the golden"
+            self._verdict.notes.append(
+                f"{side} does not tell which experts routers chose: rows behind them "
+                "are judged as if the choices were the same; record it again"
+            )
 
     def _note_what_is_judged(self, golden: Rows) -> None:
         """Reasons for which nothing of the rows or the tokens could be judged."""
@@ -373,9 +423,31 @@ class _Judge:
                 masks.judged,
                 (self._golden.header.weights, self._candidate.header.weights),
             )
-        elif verdict.equal < verdict.judged or tokens.flipped or largest > 0:
+        elif (
+            self._note_weights()
+            or verdict.equal < verdict.judged
+            or verdict.rerouted
+            or tokens.flipped
+            or largest > 0
+        ):
             verdict.status = "changed"
         self._note()
+
+    def _note_weights(self) -> bool:
+        """Says that weights differ where nothing fails for it."""
+        sides = self._golden.header.weights, self._candidate.header.weights
+        names = sorted(n for found in changed_weights(*sides).values() for n in found)
+        if names:
+            count = (
+                "1 weight differs"
+                if len(names) == 1
+                else (f"{len(names)} weights differ")
+            )
+            self._verdict.notes.append(
+                f"{count} from the golden's, the first is {names[0]}; no row is "
+                "outside its limits"
+            )
+        return bool(names)
 
     def _list_worst(self, pairs: Pairs, errors: Errors, judged: _Bools) -> None:
         """Failing rows, without those that only hand on what came before them.
@@ -422,7 +494,15 @@ class _Judge:
                 f"{verdict.noisy} rows have their limits from the noise that the "
                 f"golden was calibrated with (x{NOISE_MULTIPLE:g})"
             )
-        if verdict.tokens.flipped is not None:
+        if self._rerouted:
+            notes.append(
+                f"routers chose other experts from {self._rerouted} on: "
+                f"{verdict.rerouted} rows that depend on it are not judged, tokens "
+                "and logprobs are"
+            )
+        if self._candidate.header.provenance.get(FORCED):
+            notes.append("the golden's tokens were fed back: all of decode is judged")
+        elif verdict.tokens.flipped is not None:
             notes.append(
                 "decode is judged up to the first other token; "
                 f"{verdict.unjudged} rows behind it are not judged"

@@ -3,9 +3,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter, eq, ne
 from typing import overload
 
 import numpy as np
@@ -28,6 +29,12 @@ _Bools = npt.NDArray[np.bool_]
 _WITH_SUMS = 4
 # Bits of a row's key that number its segment, or its step.
 _PART_BITS = 28
+# Fields of many lines at once.
+_name_and_level = attrgetter("c", "l")
+_sides = attrgetter("i", "o")
+_segment = attrgetter("g")
+_bits = attrgetter("c", "d", "s")
+_numbers_of_line = attrgetter("v", "x", "s", "d", "q", "a")
 
 
 def parents_of(calls: Sequence[CallLine]) -> list[str]:
@@ -57,10 +64,45 @@ def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
     that one call more would shift all later ones; they are identified by the module
     around them and their number within it.
     """
-    places: list[str] = []
-    counts: Counter[tuple[int, str]] = Counter()
+    places = [""] * len(calls)
     apis: dict[str, str] = {}
-    for step, call, parent in zip(steps, calls, parents_of(calls), strict=True):
+    # Most steps make the same calls as an earlier one.
+    known: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for chosen in _by_step(steps):
+        form = tuple(map(_name_and_level, map(calls.__getitem__, chosen)))
+        found = known.get(form)
+        if found is None:
+            found = known[form] = _places_of_step([calls[i] for i in chosen], apis)
+        if len(chosen) == chosen[-1] - chosen[0] + 1:
+            places[chosen[0] : chosen[-1] + 1] = found
+            continue
+        for index, place in zip(chosen, found, strict=True):
+            places[index] = place
+    return places
+
+
+def _by_step(steps: Sequence[int]) -> Iterable[Sequence[int]]:
+    """Indices of the calls of each step, in order."""
+    found: dict[int, range | list[int]] = {}
+    first = 0
+    for step, same in groupby(steps):
+        last = first + sum(1 for _ in same)
+        part = range(first, last)
+        found[step] = [*found[step], *part] if step in found else part
+        first = last
+    return found.values()
+
+
+def _places_of_step(calls: Sequence[CallLine], apis: dict[str, str]) -> list[str]:
+    """Places of the calls of one step.
+
+    Args:
+        calls: The calls.
+        apis: Prefix and name by the name of a call, empty for modules; added to.
+    """
+    places: list[str] = []
+    counts: Counter[str] = Counter()
+    for call, parent in zip(calls, parents_of(calls), strict=True):
         text = call.c
         api = apis.get(text)
         if api is None:
@@ -73,8 +115,8 @@ def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
             places.append(text)
             continue
         api = f"{parent}>{api}"
-        number = counts[step, api]
-        counts[step, api] = number + 1
+        number = counts[api]
+        counts[api] = number + 1
         places.append(f"{api}.{number}")
     return places
 
@@ -204,30 +246,27 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
     calls: list[CallLine] = []
     steps: list[int] = []
     step = 0
-    # A slot's number and its side in one integer, then its tensors' ids.
-    slots: list[int] = []
-    sizes: list[int] = []
-    used: list[int] = []
-    ends: list[int] = []
-    known = words.slots
     for entry in capture.entries:
-        if isinstance(entry, StepLine):
+        if type(entry) is StepLine:
             step = entry.step
-            continue
-        calls.append(entry)
-        steps.append(step)
-        for side, slots_of_side in enumerate((entry.i, entry.o)):
-            for slot, ids in slots_of_side.items():
-                slots.append(known.setdefault(slot, len(known)) * 2 + side)
-                sizes.append(len(ids))
-                used += ids
-        ends.append(len(used))
-    counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
-    call_column = np.repeat(np.arange(len(calls)), counts)
-    slot_column = np.repeat(np.array(slots, dtype=np.int64), sizes)
-    tensor_column = _positions(capture.tensors, used)
+        else:
+            calls.append(entry)  # type: ignore[arg-type]
+            steps.append(step)
+    # Inputs, then outputs of each call: slots with their tensors' ids.
+    sides = list(chain.from_iterable(map(_sides, calls)))
+    used = list(chain.from_iterable(map(dict.values, sides)))
+    slots = _numbers(words.slots, list(chain.from_iterable(sides)))
+    sizes = np.fromiter(map(len, used), np.int64, len(used))
+    side_column = np.repeat(
+        np.repeat(
+            np.arange(len(sides)), np.fromiter(map(len, sides), np.int64, len(sides))
+        ),
+        sizes,
+    )
+    call_column = side_column // 2
+    tensor_column = _positions(capture.tensors, list(chain.from_iterable(used)))
     lines = list(capture.tensors.values())
-    segments = _numbers(words.segments, [line.g for line in lines])
+    segments = _numbers(words.segments, list(map(_segment, lines)))
     places = _numbers(words.places, places_of(calls, steps))
     return _Uses(
         calls,
@@ -235,10 +274,10 @@ def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
         lines,
         places[call_column],
         call_column,
-        slot_column // 2,
+        np.repeat(slots, sizes),
         tensor_column,
         segments[tensor_column],
-        slot_column % 2 == 1,
+        side_column % 2 == 1,
     )
 
 
@@ -391,9 +430,8 @@ def pair_rows(
         np.setdiff1d(np.arange(len(right.key)), new),
         DUMP in (golden.header.kind, candidate.header.kind),
     )
-    lines = zip(*pairs.line_pairs(np.arange(len(old))), strict=True)
-    equal = [a.c == b.c and a.d == b.d and a.s == b.s for a, b in lines]
-    pairs.is_equal[:] = equal
+    sides = (map(_bits, lines) for lines in pairs.line_pairs(np.arange(len(old))))
+    pairs.is_equal[:] = np.fromiter(map(eq, *sides), np.bool_, len(old))
     return pairs
 
 
@@ -462,38 +500,43 @@ class Columns:
     squares: _F64
     nonfinite: _I64
     has_sums: _Bools
-    codes: list[str]
-    shapes: list[list[int]]
-    sketches: list[str]
+    codes: Sequence[str]
+    shapes: Sequence[list[int]]
+    sketches: Sequence[str]
     scales: _F64
 
 
 def columns_of(tensors: Sequence[TensorLine]) -> Columns:
     """Numbers of `t` lines as columns."""
     size = len(tensors)
-    lengths = np.array([len(t.v) for t in tensors])
-    padding = [None, None]
-    numbers = [t.v if len(t.v) == _WITH_SUMS else [*t.v, *padding] for t in tensors]
-    flat = list(chain.from_iterable(numbers))
-    values = np.array(flat, dtype=np.float64).reshape(size, _WITH_SUMS)
-    nonfinite = np.zeros((size, 3), dtype=np.int64)
-    for index in [index for index, tensor in enumerate(tensors) if tensor.x]:
-        nonfinite[index] = tensors[index].x
+    values, nonfinite, shapes, codes, sketches, scales = (
+        zip(*map(_numbers_of_line, tensors), strict=True) if size else [()] * 6
+    )
+    lengths = np.fromiter(map(len, values), np.int64, size)
+    has_sums = lengths == _WITH_SUMS
+    if not has_sums.all():
+        padding = (None, None)
+        values = tuple(v if len(v) == _WITH_SUMS else (*v, *padding) for v in values)
+    numbers = np.array(list(chain.from_iterable(values)), dtype=np.float64)
+    numbers = numbers.reshape(size, _WITH_SUMS)
+    counts = np.zeros((size, 3), dtype=np.int64)
+    for index in np.flatnonzero(np.fromiter(map(len, nonfinite), np.bool_, size)):
+        counts[index] = nonfinite[index]
     return Columns(
-        np.array([math.prod(t.s) for t in tensors], dtype=np.float64),
-        values[:, 0],
-        values[:, 1],
-        values[:, 2],
-        values[:, 3],
-        nonfinite,
-        lengths == _WITH_SUMS,
-        [t.d for t in tensors],
-        [t.s for t in tensors],
-        [t.q for t in tensors],
-        np.array([t.a for t in tensors], dtype=np.float64),
+        np.fromiter(map(math.prod, shapes), np.float64, size),
+        numbers[:, 0],
+        numbers[:, 1],
+        numbers[:, 2],
+        numbers[:, 3],
+        counts,
+        has_sums,
+        codes,
+        shapes,
+        sketches,
+        np.array(scales, dtype=np.float64),
     )
 
 
 def differs(old: Sequence[object], new: Sequence[object]) -> _Bools:
     """Where two columns of any values differ."""
-    return np.array([a != b for a, b in zip(old, new, strict=True)], dtype=np.bool_)
+    return np.fromiter(map(ne, old, new), np.bool_, len(old))

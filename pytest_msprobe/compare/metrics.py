@@ -49,9 +49,11 @@ def _ratio(difference: _F64, scale: _F64) -> _F64:
     """Difference / scale; 0 where both are 0, infinite where only the scale is."""
     result = np.full(difference.shape, np.inf)
     divisor = np.maximum(scale, SMALLEST_SCALE)
-    np.divide(difference, divisor, out=result, where=scale > 0)
+    with np.errstate(all="ignore"):
+        np.divide(difference, divisor, out=result, where=scale > 0)
     result[(difference <= SMALLEST_SCALE) & ~(scale > 0)] = 0.0
-    result[np.isnan(difference) | np.isnan(scale)] = np.inf
+    # Of infinities neither the quotient nor the difference can be told.
+    result[np.isnan(result) | np.isnan(difference) | np.isnan(scale)] = np.inf
     return result
 
 

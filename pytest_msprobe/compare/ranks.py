@@ -84,6 +84,8 @@ def first_failure(
 ) -> Verdict:
     """The first verdict without a divergence, else that of the rank that was first off.
 
+    Of several the one of the lowest rank, whatever their order.
+
     Args:
         failures: Verdicts that are not green, at least one.
         captures: Of all ranks.
@@ -96,13 +98,17 @@ def first_failure(
         for capture in captures
     }
 
-    def place(verdict: Verdict) -> tuple[float, float]:
+    def place(verdict: Verdict) -> tuple[float, float, int]:
         divergence = verdict.divergence
         if divergence is None or divergence.finding is None:
-            return -1, -1  # incomparable, missing, or a rank is missing: said first
+            return (
+                -1,
+                -1,
+                verdict.rank,
+            )  # incomparable, missing, or a rank is missing: said first
         row = divergence.finding.row
         number = order.get(verdict.rank, {}).get((row.step, row.call), math.inf)
-        return row.step, number
+        return row.step, number, verdict.rank
 
     return min(failures, key=place)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decodes stored sketches in bulk: `statistics.sketch.unpack` over whole columns."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,17 +20,15 @@ _ALPHABET = (
     "!#$%&()*+-;<=>?@^_`{|}~"
 )
 _INVALID = 255
+_IS_LITTLE = sys.byteorder == "little"
+_DIGITS = bytes(
+    _ALPHABET.find(chr(code)) if chr(code) in _ALPHABET else _INVALID
+    for code in range(256)
+)
+# The largest word: 32 bits.
+_FIRST, _REST = divmod(2**32 - 1, 85**4)
 # So many sketches at once that the intermediate arrays stay in the cache.
-_CHUNK = 4096
-
-
-def _digits() -> npt.NDArray[np.uint8]:
-    table = np.full(256, _INVALID, dtype=np.uint8)
-    table[np.frombuffer(_ALPHABET.encode("ascii"), np.uint8)] = np.arange(85)
-    return table
-
-
-_DIGITS = _digits()
+_CHUNK = 1024
 
 
 def decode(texts: Sequence[str], scales: _F64 | None) -> _F64:
@@ -59,18 +58,23 @@ def _decode_chunk(texts: Sequence[str], scales: _F64 | None) -> _F64:
     joined = "".join(texts)
     if not joined.isascii() or set(map(len, texts)) != {_CHARACTERS}:
         return _one_by_one(texts, scales)
-    raw = np.frombuffer(joined.encode("ascii"), np.uint8)
-    digits = _DIGITS[raw].reshape(-1, _WORDS, 5)
-    words = digits[..., 0].astype(np.uint64)
-    for place in range(1, 5):
-        words *= np.uint64(85)
-        words += digits[..., place]
-    if (digits == _INVALID).any() or (words >> np.uint64(32)).any():
+    raw = joined.encode("ascii").translate(_DIGITS)
+    digits = np.frombuffer(raw, np.uint8).reshape(-1, 5).T
+    words = digits[1].astype(np.uint32)
+    for place in digits[2:]:
+        words *= np.uint32(85)
+        words += place
+    first = digits[0]
+    is_wrong = (first > _FIRST) | ((first == _FIRST) & (words > _REST))
+    if _INVALID in raw or is_wrong.any():
         return _one_by_one(texts, scales)
-    stored = words.astype(">u4")
+    words += first.astype(np.uint32) * np.uint32(85**4)
+    stored = words.byteswap() if _IS_LITTLE else words
+    shaped = stored.reshape(len(texts), _WORDS)
     if scales is None:
-        return stored.view("<f4").astype(np.float64)
-    values: _F64 = stored.view("<i2").astype(np.float64)
+        wide: _F64 = shaped.view("<f4").astype(np.float64)
+        return wide
+    values: _F64 = shaped.view("<i2").astype(np.float64)
     values *= scales[:, None]
     return values
 

@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 
 from pytest_msprobe.compare.match import Rows, parents_of, places_of
 from pytest_msprobe.dump.capture import CallLine, TensorLine
-from pytest_msprobe.model.names import display_name, parse_call_name
+from pytest_msprobe.model.names import CHOICE_CLASS, display_name, parse_call_name
 from pytest_msprobe.model.verdict import StructureChange
 
 # A match has more than a similar name: the module around it, its class or its numbers.
@@ -76,6 +76,8 @@ def _places(rows: Rows, *, has_apis: bool) -> dict[str, _Place]:
             continue
         name = parse_call_name(call.c)
         if name is None or not (name.is_module or has_apis):
+            continue
+        if name.class_name == CHOICE_CLASS:  # no module of the model
             continue
         found[key] = _place(call, parent, lines)
     return found

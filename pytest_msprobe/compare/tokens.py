@@ -87,6 +87,8 @@ def logprob_difference(
     best = {i: float(value) for i, value in candidate.top[index]}
     if token in best:
         return _difference(old, best[token]), False
+    if math.isnan(old) or any(map(math.isnan, best.values())):
+        return math.inf, False
     least = min(best.values(), default=-math.inf)
     return max(0.0, old - least), True
 
@@ -96,6 +98,43 @@ def _difference(a: float, b: float) -> float:
         return 0.0
     difference = abs(a - b)
     return math.inf if math.isnan(difference) else difference
+
+
+def own_flips(
+    golden: Sequence[Request], candidate: Sequence[Request]
+) -> dict[int, list[int]]:
+    """Numbers of the tokens that requests, fed the golden's, would have sampled else.
+
+    Args:
+        golden: Requests of the golden.
+        candidate: Requests of the candidate.
+    """
+    here = {request.label: request.own for request in candidate if request.own}
+    return {
+        request.label: [
+            index
+            for index, (a, b) in enumerate(
+                zip(request.tokens, here[request.label], strict=False)
+            )
+            if a != b
+        ]
+        for request in golden
+        if request.label in here
+    }
+
+
+def _own_difference(golden: Request, candidate: Request, index: int) -> float:
+    """Least difference of the log-probability of the token that it sampled itself."""
+    token = candidate.own[index]
+    new = {i: float(value) for i, value in candidate.top[index]}.get(token)
+    old = {i: float(value) for i, value in golden.top[index]}
+    if new is None:
+        return 0.0
+    if token in old:
+        return _difference(old[token], new)
+    if math.isnan(new) or any(map(math.isnan, old.values())):
+        return math.inf
+    return max(0.0, new - min(old.values(), default=-math.inf))
 
 
 def compare_tokens(
@@ -109,7 +148,9 @@ def compare_tokens(
     """Greatest difference of log-probabilities and first flipped token.
 
     Tokens are compared up to and with the first other token of each request. There the
-    candidate's token counts as well as the golden's.
+    candidate's token counts as well as the golden's. Where the golden's tokens were
+    fed back all are compared, and the first one that it would have sampled otherwise
+    is the flipped one.
 
     Args:
         golden: Requests of the golden.
@@ -121,6 +162,7 @@ def compare_tokens(
     """
     here = {request.label: request for request in candidate}
     flips = positions_behind_flips(golden, candidate, incomplete)
+    own = own_flips(golden, candidate)
     result = TokenDifference(allowed=portable(allowed))
     worst = (0.0, 0.0)
     for request in golden:
@@ -137,6 +179,8 @@ def compare_tokens(
                 back, is_back_bound = logprob_difference(other, request, index)
                 if back > difference:
                     difference, is_bound = back, is_back_bound
+            elif index in own.get(request.label, ()):
+                difference = max(difference, _own_difference(request, other, index))
             result.compared += 1
             limit = limit_of(request.label, index) if limit_of else allowed
             found = (_times(difference, limit), difference)
@@ -145,6 +189,11 @@ def compare_tokens(
                 result.at = (request.label, index)
                 result.is_at_least = is_bound
                 result.allowed = portable(limit)
+        forced = own.get(request.label)
+        if flip is None and forced and result.flipped is None:
+            result.flipped = (request.label, forced[0])
+            result.golden_token = request.tokens[forced[0]]
+            result.token = other.own[forced[0]]
         if flip is not None and result.flipped is None:
             result.flipped = (request.label, flip)
             if flip < common:

@@ -50,12 +50,15 @@ class GoldenSettings:
         size_warning_bytes: A golden larger than this is reported.
         is_tp_invariant: One golden for every tensor-parallel size, from the rows of
             all ranks together.
+        is_teacher_forced: Whether the golden's tokens are fed back in place of what is
+            sampled.
     """
 
     directory: Path
     decode_steps: int = DEFAULT_DECODE_STEPS
     size_warning_bytes: int = DEFAULT_SIZE_WARNING_BYTES
     is_tp_invariant: bool = False
+    is_teacher_forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +233,13 @@ def _read_golden(source: Source, root: Path) -> GoldenSettings:
         source,
         ("golden",),
         data,
-        ["dir", "decode_steps", "size_warning_bytes", "tp_invariant"],
+        [
+            "dir",
+            "decode_steps",
+            "size_warning_bytes",
+            "tp_invariant",
+            "teacher_forcing",
+        ],
     )
     directory = data.get("dir", "golden")
     if not isinstance(directory, str) or not directory:
@@ -249,11 +258,16 @@ def _read_golden(source: Source, root: Path) -> GoldenSettings:
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         key = ("golden", "size_warning_bytes")
         raise source.error(key, f"expected a number > 0, found {describe(size)}")
-    invariant = data.get("tp_invariant", False)
-    if not isinstance(invariant, bool):
-        key = ("golden", "tp_invariant")
-        raise source.error(key, f"expected true or false, found {describe(invariant)}")
-    return GoldenSettings(root / directory, steps, size, invariant)
+    flags = [_read_flag(source, name) for name in ("tp_invariant", "teacher_forcing")]
+    return GoldenSettings(root / directory, steps, size, *flags)
+
+
+def _read_flag(source: Source, name: str) -> bool:
+    value = source.data["golden"].get(name, False)
+    if not isinstance(value, bool):
+        key = ("golden", name)
+        raise source.error(key, f"expected true or false, found {describe(value)}")
+    return value
 
 
 def _read_tolerances(source: Source) -> tuple[Rule, ...]:

@@ -9,6 +9,7 @@ the first error is kept, recording stops, and whoever ends the capture raises it
 Records are kept raw and turned into plain ones when they are written.
 """
 
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -28,11 +29,12 @@ from pytest_msprobe.debugger.measure import (
     Measurer,
     is_suspicious,
 )
-from pytest_msprobe.debugger.raw import CallSite, RawCall, RawStep
-from pytest_msprobe.debugger.recipes import State, make_recipe
+from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall, RawStep
+from pytest_msprobe.debugger.recipes import Recipe, Slot, make_recipe
 from pytest_msprobe.debugger.selection import Selection
 from pytest_msprobe.debugger.slices import cut_tensor
 from pytest_msprobe.debugger.stacks import capture_stack
+from pytest_msprobe.debugger.trace import Chunk, Event, Point, Trace
 from pytest_msprobe.dump.tensors import file_name, save_tensor
 from pytest_msprobe.errors import CaptureError
 from pytest_msprobe.model.calls import (
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
 
 LayoutSource = Callable[[int | None], StepLayout | None]
 
-# Values that stay what they are after a call has been noted.
 _LASTING = frozenset(
     {
         *PLAIN_TYPES,
@@ -92,6 +93,9 @@ class Collector:
         backward: Records gradients, None where there are none to record.
         bench: An earlier dump that calls are held against, None for none.
         loader: Replaces inputs of modules, None where none are.
+        numbering: Of the open step's calls where they are recorded one by one.
+        trace: Calls of the open step where they are only noted.
+        is_traced: Whether they are.
     """
 
     def __init__(self, config: DebuggerConfig) -> None:
@@ -112,7 +116,11 @@ class Collector:
         self.backward: Backward | None = None
         self.bench: Bench | None = None
         self.loader: Loader | None = None
+        self.numbering = Numbering()
+        self.trace = Trace()
+        self.is_traced = False
         self._module_sites: dict[str, CallSite] = {}
+        self._function_sites: dict[str, CallSite] = {}
         self._measures = config.task != "structure"
         self._cuts = config.slice
         cuts = bool(config.slice or config.request_id)
@@ -122,15 +130,18 @@ class Collector:
         if cuts:
             self._measure_at = self._measure_cut  # type: ignore[method-assign]
         self._reads_inputs = config.keeps("input") or config.has_modules
+        # Types of values that stay what they are after a call has been noted.
+        self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
         self._noted = 0  # calls that are no longer in the log
-        # The tensor made last, and how many calls had been noted by then.
-        self._fresh: tuple[torch.Tensor | None, int] = (None, 0)
+        # The tensor made last, where it lies, and how many calls were noted by then.
+        self._fresh: tuple[torch.Tensor | None, int, int] = (None, -1, 0)
         self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
         self.generation = 0
-        self._stack: list[RawCall] = []
-        self._key_counts: dict[str, int] = {}
+        self._keeps_stacks = config.extra_info
+        # Arguments of a module that has just ended without a result.
+        self._silent: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._layout_source: LayoutSource | None = None
         self._undefined: dict[int, torch.Tensor] = {}
         self._opaque: frozenset[int] = frozenset()
@@ -140,7 +151,6 @@ class Collector:
         self._measured_constants: dict[Any, Measured | TensorValue] = {}
         self._frame_limit: FrameType | None = None
         self._tensor_folder: Path | None = None
-        self._state: State = ()
         self._current: RawCall | None = None
         self._current_measure = self._measure_in_slot
 
@@ -167,9 +177,17 @@ class Collector:
             if self.config.extra_info:
                 self._step.common_stack = capture_stack(frame, None)
             self.generation += 1
-            self._key_counts.clear()
-            self._stack.clear()
+            self.numbering = Numbering()
+            self.trace.begin_step()
             self.selection.reset()
+        self.is_traced = (
+            self._is_plain
+            and self._reads_inputs
+            and self.selection.is_trivial
+            and self.backward is None
+            and self.bench is None
+            and self.loader is None
+        )
         if self.progress is not None:
             self.progress.begin_step(number)
         self.layout = None
@@ -182,12 +200,12 @@ class Collector:
         """Closes the step and returns its records, None if none was open."""
         self.read_log()
         self.measurer.finish_step()
-        self._fresh = (None, 0)
+        self._fresh = (None, -1, 0)
         step = self._step
         self._step = None
         self.is_recording = False
         self._undefined.clear()
-        self._stack.clear()
+        self.trace.clear()
         self._frame_limit = None
         self._layout_source = None
         if step is not None:
@@ -216,6 +234,7 @@ class Collector:
             self.error = error
         self.is_recording = False
         self._log.clear()
+        self.trace.clear()
 
     def raise_error(self) -> None:
         """Raises the first error met while recording.
@@ -263,6 +282,10 @@ class Collector:
                 self._constants[address] = tensor
                 self._constant_ids[id(tensor)] = (-1, None)
 
+    def add_modules(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Names the modules of a model, which are given to each other."""
+        self._lasting.update(map(type, modules))
+
     def enter_forward(self, padded_tokens: int | None = None) -> None:
         """The model's forward starts: rows are settled from here on.
 
@@ -283,17 +306,20 @@ class Collector:
 
     # Calls ---------------------------------------------------------------------
 
-    @property
-    def active_module(self) -> RawCall | None:
-        """Innermost module call that is running."""
-        return self._stack[-1] if self._stack else None
-
     def module_site(self, prefix: str) -> CallSite:
         """The site of a module's calls; what has the same name shares its numbers."""
         site = self._module_sites.get(prefix)
         if site is None:
             site = CallSite(prefix, "", is_module=True)
             self._module_sites[prefix] = site
+        return site
+
+    def function_site(self, prefix: str) -> CallSite:
+        """The site of a function's calls; what has the same name shares its numbers."""
+        site = self._function_sites.get(prefix)
+        if site is None:
+            site = CallSite(prefix, ".forward", is_module=False)
+            self._function_sites[prefix] = site
         return site
 
     def begin_call(self, site: CallSite, key_prefix: str = "") -> RawCall:
@@ -303,22 +329,9 @@ class Collector:
             site: What is called.
             key_prefix: Of a shared module: its name below the parent that calls it.
         """
-        if site.generation != self.generation:
-            site.generation, site.count = self.generation, 0
-        number = site.count
-        site.count = number + 1
-        stack = self._stack
-        call = RawCall(site, number, len(stack))
-        if stack:
-            call.parent = stack[-1]
-        if key_prefix:
-            key_number = self._key_counts.get(key_prefix, 0)
-            self._key_counts[key_prefix] = key_number + 1
-            call.key = f"{key_prefix}{key_number}{site.suffix}"
+        call = self.numbering.begin(site, key_prefix)
         if self.progress is not None:
             self.progress.note(call.name)
-        if site.is_module:
-            stack.append(call)
         return call
 
     def make_call(self, site: CallSite, number: int) -> RawCall:
@@ -365,8 +378,8 @@ class Collector:
         log.append(call)
         if (
             len(log) >= self._log_limit
-            or not _LASTING.issuperset(map(type, args))
-            or (kwargs and not _LASTING.issuperset(map(type, kwargs.values())))
+            or not self._lasting.issuperset(map(type, args))
+            or (kwargs and not self._lasting.issuperset(map(type, kwargs.values())))
         ):
             self.read_log()
 
@@ -386,24 +399,116 @@ class Collector:
         log = self._log
         log.append(call)
         if len(log) >= self._log_limit or not (
-            type(result) in _LASTING
-            or (type(result) is tuple and _LASTING.issuperset(map(type, result)))
+            type(result) in self._lasting
+            or (type(result) is tuple and self._lasting.issuperset(map(type, result)))
         ):
             self.read_log()
+
+    def note_start(
+        self,
+        point: Point,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType | None = None,
+    ) -> None:
+        """Notes that a traced call starts, to be read before anything is written.
+
+        Args:
+            point: What is called.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            frame: Where stacks start, the caller's if None.
+        """
+        trace = self.trace
+        try:
+            if self._keeps_stacks and trace.next_start() is not point:
+                frame = frame or sys._getframe(1)  # noqa: SLF001 - the wrapper
+                trace.add_stack(capture_stack(frame, self._frame_limit))
+            if self.progress is not None:
+                self.progress.note(point.site.prefix)
+            trace.keys.append(point)
+            values, sizes = trace.values, trace.sizes
+            values.extend(args)
+            is_lasting = self._lasting.issuperset(map(type, args))
+            if kwargs:
+                trace.keys.append(tuple(kwargs))
+                values.extend(kwargs.values())
+                is_lasting &= self._lasting.issuperset(map(type, kwargs.values()))
+            sizes.append(len(values))
+            if not is_lasting or len(sizes) >= self._log_limit:
+                self.read_log()
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.fail(error)
+
+    def note_end(
+        self, point: Point, result: Any, written: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Notes that a traced call has ended.
+
+        Args:
+            point: What was called.
+            result: What it returned.
+            written: Tensors that it wrote in place.
+        """
+        if not self.is_recording:
+            self.note_abort(point)
+            return
+        trace = self.trace
+        try:
+            trace.keys.append(point.marks[0])
+            values, sizes = trace.values, trace.sizes
+            if type(result) is tuple:
+                values.extend(result)
+                is_lasting = self._lasting.issuperset(map(type, result))
+            else:
+                values.append(result)
+                is_lasting = type(result) in self._lasting
+            if written:
+                given = values[sizes[-1] if sizes else 0 :]
+                values.extend(t for t in written if all(t is not v for v in given))
+            sizes.append(len(values))
+            if not is_lasting or len(sizes) >= self._log_limit:
+                self.read_log()
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self.fail(error)
+
+    def note_silent_end(
+        self, point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Notes that a traced module has ended and returned nothing."""
+        given = (*args, *kwargs.values())
+        if not any(isinstance(value, torch.Tensor) for value in given):
+            self.note_end(point, None)
+            return
+        self.read_log()
+        if not self.is_recording:
+            self.note_abort(point)
+            return
+        self._silent = (args, kwargs)
+        self.trace.keys.append(point.marks[1])
+        self.trace.values.append(None)
+        self.trace.sizes.append(1)
+        self.read_log()
+        self._silent = ((), {})
+
+    def note_abort(self, point: Point) -> None:
+        """Notes that a traced call has ended with an exception, or unseen."""
+        if self._step is not None and self.error is None:
+            self.trace.keys.append(point.marks[2])
+            self.trace.sizes.append(len(self.trace.values))
 
     def read_log(self) -> None:
         """Reads what the calls noted so far hold; never raises."""
         log = self._log
-        if not log:
+        traced = len(self.trace.sizes)
+        if not (log or traced):
+            return
+        if not self.is_recording:
+            log.clear()
             return
         self._log = []
-        self._noted += len(log)
-        if not self.is_recording:
-            return
+        self._noted += len(log) + traced
         was_recording, self.is_recording = self.is_recording, False
-        measurer = self.measurer
-        rows = (measurer.padded_tokens, measurer.sample_rows)
-        self._state = (measurer.phase, *rows)
         try:
             if self.config.has_functions:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
@@ -419,6 +524,8 @@ class Collector:
             self.is_recording = was_recording and not is_finished
 
     def _read_calls(self, log: list[RawCall]) -> None:
+        if self.trace.sizes:
+            self._read_trace()
         for call in log:
             if not call.is_read:
                 call.is_read = True
@@ -431,6 +538,145 @@ class Collector:
                     self.saved_bytes += self.bench.finish(call, self._tensor_folder)
                 if self._step is not None:
                     self._step.calls.append(call)
+
+    def _read_trace(self) -> None:
+        """Reads what traced calls hold, as such calls were read last if that fits."""
+        node, values = self.trace.take()
+        measurer = self.measurer
+        state = (measurer.phase, measurer.padded_tokens, measurer.sample_rows)
+        chunk = Chunk(node, measurer.phase)
+        recipe = node.recipes.get(state)
+        if recipe is not None:
+            chunk.nodes = self._read_alike(recipe, values)
+            chunk.parameters = recipe.parameters
+        if chunk.nodes is None:
+            recipe = self._read_anew(chunk, values)
+            if recipe is not None:
+                node.recipes[state] = recipe
+            else:
+                node.recipes.pop(state, None)
+        if self._step is not None:
+            self._step.calls.append(chunk)
+
+    def _read_alike(self, recipe: Recipe, values: Sequence[Any]) -> list[Tree] | None:
+        """Reads values as they were read last, None where they have another form."""
+        measurer = self.measurer
+        fit = recipe.fits(values, measurer.refutations, self._constant_version)
+        if fit is None:
+            return None
+        tensors, nodes = fit
+        seen, opaque, undefined = measurer.seen, self._opaque, self._undefined
+        constants = self._constants if self.config.has_functions else ()
+        for place, tensor, (plan, row_class, role, is_result) in zip(
+            recipe.places, tensors, recipe.forms, strict=False
+        ):
+            known = seen.get(id(tensor))
+            if (
+                known is not None
+                and known[1].row_class == row_class
+                and known[1].role == "read"
+            ):
+                measured: Tree = known[1]
+            else:
+                address = tensor.data_ptr()
+                storage = address - int(tensor.storage_offset()) * plan.size
+                own: Role = "read"
+                if storage in opaque:
+                    return None
+                if storage in undefined:
+                    if is_result:
+                        del undefined[storage]
+                    else:
+                        own = "undefined"
+                if storage in constants:
+                    measured = self._measure_constant(tensor)
+                else:
+                    measured = measurer.add(
+                        tensor, plan, row_class, address, storage, own
+                    )
+            if role is not None and isinstance(measured, Measured):
+                measured = measured._replace(role=role)
+            nodes[place] = measured
+        for place, first in recipe.copied:
+            nodes[place] = nodes[first]
+        return nodes
+
+    def _read_anew(self, chunk: Chunk, values: list[Any]) -> Recipe | None:
+        """Reads values one by one; returns how they were read, if that can be told."""
+        slots: list[Slot] = []
+        parameters: list[tuple[torch.nn.Module | None, dict[str, Tree] | None]] = []
+        can_repeat = True
+        for event in chunk.node.events:
+            given = values[event.first : event.last]
+            call = RawCall(event.call.site, event.call.number, event.call.depth)
+            call.phase = chunk.phase
+            owner = None
+            if event.way == "start":
+                chunk.trees.append(self._read_start(event, call, given, slots))
+            elif event.way == "abort":
+                chunk.trees.append(None)
+            else:
+                owner = call.module = event.point.module
+                if event.way == "none":
+                    self._prepare_silent(call, event)
+                    can_repeat = False
+                self._read_end(call, given, slots)
+                chunk.trees.append(call.output)
+            parameters.append((owner, call.parameters))
+            can_repeat = can_repeat and not event.point.site.places
+        chunk.parameters = [nodes for _, nodes in parameters]
+        if not can_repeat or len(slots) != len(values):
+            return None
+        return make_recipe(
+            slots,
+            parameters,
+            state=self.measurer.refutations,
+            version=self._constant_version,
+            constants=self._constant_ids,
+            lasting=self._lasting,
+        )
+
+    def _read_start(
+        self, event: Event, call: RawCall, given: list[Any], slots: list[Slot]
+    ) -> tuple[list[Tree], dict[str, Tree]]:
+        """Inputs of a traced call; slots are added."""
+        count = len(given) - len(event.names)
+        call.args = tuple(given[:count])
+        call.kwargs = dict(zip(event.names, given[count:], strict=True))
+        self._read_inputs(call)
+        read = [*call.input_args, *call.input_kwargs.values()]
+        event.point.adjust(call)
+        shown = [*call.input_args, *call.input_kwargs.values()]
+        names = [f"input_args.{index}" for index in range(count)]
+        names += [f"input_kwargs.{name}" for name in event.names]
+        for name, value, node, final in zip(names, given, read, shown, strict=True):
+            role = None
+            if final is not node and isinstance(final, Measured | TensorValue):
+                role = final.role
+            slots.append(Slot(name, value, node, final, role))
+        return call.input_args, call.input_kwargs
+
+    def _read_end(self, call: RawCall, given: list[Any], slots: list[Slot]) -> None:
+        """Outputs of a traced call; slots are added."""
+        call.result = given[0] if len(given) == 1 else tuple(given)
+        is_result = call.module is not None
+        self._read_outputs(call)
+        if isinstance(call.output, list) and len(call.output) == len(given):
+            for index, (value, node) in enumerate(zip(given, call.output, strict=True)):
+                name = f"output.{index}"
+                slots.append(Slot(name, value, node, node, None, is_result))
+
+    def _prepare_silent(self, call: RawCall, event: Event) -> None:
+        """Gives the end of a call the inputs that were read at its start."""
+        call.args, call.kwargs = self._silent
+        call.is_taken = True
+        assert self._step is not None
+        for item in reversed(self._step.calls):
+            if isinstance(item, Chunk):
+                for tree, other in zip(item.freeze(), item.node.events, strict=True):
+                    if other.call is event.call and other.way == "start":
+                        call.input_args, call.input_kwargs = tree
+                        return
 
     def begin_unseen(self, *, writes_others: bool = True) -> None:
         """A call starts inside which no write is seen: all in it is read at once.
@@ -460,26 +706,27 @@ class Collector:
         calls = self.config.pending_bytes // (tokens * width * _BYTES_AN_ELEMENT)
         return int(max(1, min(_MOST_NOTED, calls)))
 
-    def before_write(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Something is about to write these tensors: what was noted is read first."""
-        fresh, noted = self._fresh
-        for tensor in tensors:
-            if tensor is fresh and noted == self._noted + len(self._log):
-                self._undefined.pop(storage_address(tensor), None)
-                continue  # made since the last call was noted: no call can hold it
-            address = storage_address(tensor)
-            if address in self._opaque:
-                continue
-            if self._log:
-                self.read_log()
-            if self._undefined:
-                self._undefined.pop(address, None)
-            self.measurer.release(address)
-            if address in self._constants:
-                del self._constants[address]
-                self._measured_constants.clear()
-                self._constant_ids.clear()
-                self._constant_version += 1
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """Something is about to write a tensor: what was noted is read first."""
+        address = storage_address(tensor)
+        _, fresh, noted = self._fresh
+        if address == fresh and noted == self._count_noted():
+            self._undefined.pop(address, None)
+            return  # made since the last call was noted: no call can hold it
+        if address in self._opaque:
+            return
+        self.read_log()
+        if self._undefined:
+            self._undefined.pop(address, None)
+        self.measurer.release(address)
+        if address in self._constants:
+            del self._constants[address]
+            self._measured_constants.clear()
+            self._constant_ids.clear()
+            self._constant_version += 1
+
+    def _count_noted(self) -> int:
+        return self._noted + len(self._log) + len(self.trace.sizes)
 
     def before_any_write(self) -> None:
         """Something is about to write, and nobody knows what."""
@@ -493,21 +740,11 @@ class Collector:
 
     def _read_inputs(self, call: RawCall) -> None:
         """Measures the arguments of a call."""
-        args, kwargs = call.args, call.kwargs
-        names = tuple(kwargs)
-        values = (*args, *kwargs.values()) if names else args
-        nodes = self._read_alike(call, call.number, values, names)
-        if nodes is None:
-            self._current = call
-            nodes = self._read(args, "input_args", call, 0)
-            for name, value in kwargs.items():
-                nodes.append(self._read_one(value, f"input_kwargs.{name}", call, name))
-            self._remember(call, call.number, values, nodes, names)
-        if names:
-            count = len(args)
-            call.input_kwargs = dict(zip(names, nodes[count:], strict=True))
-            del nodes[count:]
-        call.input_args = nodes
+        self._current = call
+        call.input_args = self._read(call.args, "input_args", call, 0)
+        for name, value in call.kwargs.items():
+            slot = f"input_kwargs.{name}"
+            call.input_kwargs[name] = self._read_one(value, slot, call, name)
         if call.adjust is not None:
             call.adjust(call)
 
@@ -516,83 +753,20 @@ class Collector:
         result = call.result
         if call.site.is_module and self._undefined:
             self._define(result)
+        self._current = call
         if isinstance(result, tuple) and hasattr(result, "_asdict"):
-            self._current = call
             call.output = describe_value(result, "output", self._current_measure)
         else:
             values = tuple(result) if isinstance(result, tuple) else (result,)
             if call.written:
                 extra = [t for t in call.written if all(t is not v for v in values)]
                 values = (*values, *extra)
-            nodes = self._read_alike(call, ~call.number, values, ())
-            if nodes is None:
-                self._current = call
-                nodes = self._read(values, "output", call, 128)
-                self._remember(call, ~call.number, values, nodes, ())
-            call.output = nodes
+            call.output = self._read(values, "output", call, 128)
         if call.module is not None:
             if result is None:
                 self.read_changed(call, call.args, call.kwargs)
             call.parameters = self._read_parameters(call, call.module)
         call.args, call.kwargs, call.result, call.written = (), {}, None, ()
-
-    def _read_alike(
-        self, call: RawCall, key: int, values: Sequence[Any], names: tuple[str, ...]
-    ) -> list[Tree] | None:
-        """Reads values as they were read last, None where they have another form."""
-        recipe = call.site.recipes.get(key)
-        if recipe is None:
-            return None
-        tensors = recipe.fits(values, names, self._state, self._constant_version)
-        if tensors is None:
-            return None
-        nodes = recipe.nodes.copy()
-        measurer = self.measurer
-        seen = measurer.seen
-        has_roles = self.config.has_functions
-        for place, tensor, (plan, row_class) in zip(
-            recipe.places, tensors, recipe.forms, strict=True
-        ):
-            known = seen.get(id(tensor))
-            if known is not None:
-                measured = known[1]
-                if measured.row_class == row_class and measured.role == "read":
-                    nodes[place] = measured
-                    continue
-            address = tensor.data_ptr()
-            storage = address - int(tensor.storage_offset()) * plan.size
-            if storage in self._opaque or (
-                has_roles and (storage in self._undefined or storage in self._constants)
-            ):
-                return None
-            nodes[place] = measurer.add(tensor, plan, row_class, address, storage)
-        return nodes
-
-    def _remember(
-        self,
-        call: RawCall,
-        key: int,
-        values: Sequence[Any],
-        nodes: Sequence[Tree],
-        names: tuple[str, ...],
-    ) -> None:
-        """Keeps how values were read."""
-        recipes = call.site.recipes
-        recipe = None
-        if self._is_plain and not call.site.places:
-            recipe = make_recipe(
-                values,
-                nodes,
-                names,
-                self._state,
-                self._constant_version,
-                self._constant_ids,
-                _LASTING,
-            )
-        if recipe is not None:
-            recipes[key] = recipe
-        elif recipes:
-            recipes.pop(key, None)
 
     def read_changed(
         self, call: RawCall, args: Sequence[Any], kwargs: dict[str, Any]
@@ -633,13 +807,6 @@ class Collector:
             for item in result.values():
                 self._define(item)
 
-    def leave_module(self, call: RawCall) -> None:
-        """Takes a module call off the stack, with all calls left open inside it."""
-        stack = self._stack
-        while stack:
-            if stack.pop() is call:
-                return
-
     def take_stack(self, call: RawCall, frame: FrameType | None) -> None:
         """Keeps the call's stack, taken when a call of that name is first made."""
         if self.config.extra_info:
@@ -656,37 +823,35 @@ class Collector:
         parameters = module._parameters  # noqa: SLF001 - fast
         if not parameters:
             return {}
-        values, names = tuple(parameters.values()), tuple(parameters)
-        recipe = call.site.parameters
-        version = self._constant_version
-        if recipe is not None and recipe.fits(values, names, (), version) == []:
-            nodes = recipe.nodes
-        else:
-            nodes = [
-                self._read_one(parameter, f"parameters.{name}", call, name)
-                for name, parameter in parameters.items()
-            ]
-            known = self._constant_ids
-            if self._is_plain:
-                call.site.parameters = make_recipe(
-                    values, nodes, names, (), self._constant_version, known, _LASTING
-                )
-        return {
-            name: node
-            for name, node, value in zip(names, nodes, values, strict=True)
-            if value is not None
+        owned = list(parameters.values())
+        writes = [0 if item is None else _version_of(item) for item in owned]
+        known = call.site.parameters
+        if known is not None:
+            version, before, written, nodes = known
+            is_same = version == self._constant_version and written == writes
+            if is_same and list(map(id, before)) == list(map(id, owned)):
+                return nodes
+        nodes = {
+            name: self._read_one(parameter, f"parameters.{name}", call, name)
+            for name, parameter in parameters.items()
+            if parameter is not None
         }
+        if self._is_plain:
+            call.site.parameters = (self._constant_version, owned, writes, nodes)
+        return nodes
 
     # Tensors -------------------------------------------------------------------
 
     def mark_fresh(self, tensor: torch.Tensor) -> None:
         """Notes a tensor that has just been made."""
-        self._fresh = (tensor, self._noted + len(self._log))
+        address = storage_address(tensor)
+        self._fresh = (tensor, address, self._count_noted())
 
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
-        self._undefined[storage_address(tensor)] = tensor
-        self._fresh = (tensor, self._noted + len(self._log))
+        address = storage_address(tensor)
+        self._undefined[address] = tensor
+        self._fresh = (tensor, address, self._count_noted())
 
     def _read(
         self, values: Sequence[Any], side: str, call: RawCall, base: int

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pytest_msprobe.debugger.functions import Action, Entry, record_call
-from pytest_msprobe.debugger.raw import CallSite
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.errors import ConfigError
 
@@ -61,8 +60,7 @@ class CustomApis:
     def _wrap(
         self, original: Callable[..., Any], prefix: str, api: str
     ) -> Callable[..., Any]:
-        site = CallSite(f"{prefix}.{api}.", ".forward", is_module=False)
-        entry = Entry(Action.RECORD, site, is_python=True)
+        entry = Entry(Action.RECORD, is_python=True)
 
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -74,10 +72,12 @@ class CustomApis:
                 or not recorder.collector.selection.takes_api(api, prefix)
             ):
                 return original(*args, **kwargs)
+            collector = recorder.collector
+            site = collector.function_site(f"{prefix}.{api}.")
             frame = sys._getframe(1)  # noqa: SLF001 - stacks start at the caller
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - the outermost call only
                 return record_call(
-                    recorder.collector, entry, site, original, args, kwargs, frame
+                    collector, entry, site, original, args, kwargs, frame
                 )
 
         return function

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Self
@@ -84,6 +85,9 @@ class PrecisionDebugger:
         self.error: BaseException | None = None
         self._recorder: Recorder | None = None
         self._is_recording = False
+        # Between start and stop, though the step or the file may keep it off.
+        self._is_started = False
+        self._model: Models | None = None
         self._step = 0
         self._rank: int | None = None
         self._is_rank_known = False
@@ -130,7 +134,11 @@ class PrecisionDebugger:
             bounds = _check_token_range(token_range, model)
             self._settle_rank(rank_id)
             self._look()
-            if self.config.level == "debug" or not self._is_wanted():
+            if self.config.level == "debug":
+                return
+            self._is_started = True
+            self._model = model if model is not None else self._model
+            if not self._is_wanted():
                 return
             recorder = self._get_recorder()
             recorder.attach(model)
@@ -140,6 +148,7 @@ class PrecisionDebugger:
                 cut = cut_of_request(self.config.request_id, scheduled_tokens)
             except KeyError as missing:
                 self._warn(f"request {missing} is not in this step: nothing recorded")
+                self._is_started = False
                 return
             recorder.collector.set_request(cut)
             frame = sys._getframe(1)  # noqa: SLF001 - stacks end at the caller
@@ -159,6 +168,7 @@ class PrecisionDebugger:
         """Stops recording; harmless when nothing was started."""
         with cls._lock:
             self = cls._get()
+            self._is_started = False
             self._pause()
             self._look()
 
@@ -170,18 +180,30 @@ class PrecisionDebugger:
         """
         with cls._lock:
             self = cls._get()
-            self._write_step()
-            self._step += 1
-            self._look()
-            if not self._is_recording:
-                return
-            self._pause()
-            if self._is_wanted():
-                self._resume()
+            self._turn_to(self._step + 1)
+
+    def _turn_to(self, step: int) -> None:
+        """Writes the open step; what comes belongs to another one."""
+        self._pause()
+        self._write_step()
+        self._step = step
+        self._look()
+        if not self._is_started or not self._is_wanted():
+            return
+        recorder = self._get_recorder()
+        recorder.attach(self._model)
+        if recorder.is_finished:
+            return
+        recorder.collector.set_request(None)
+        self._resume()
+        if recorder.collector.forward_range is not None:
+            recorder.collector.pause()  # until the next forward that is chosen
 
     @classmethod
     def set_init_step(cls, step: int) -> None:
-        """Gives the current step a number.
+        """Gives the current step a number, from which `step` counts on.
+
+        What was recorded in it before is written under the number that it had.
 
         Raises:
             ConfigError: It is not a whole number >= 0.
@@ -190,7 +212,9 @@ class PrecisionDebugger:
             message = f"step {step!r}: expected a whole number >= 0"
             raise ConfigError(message, slug="init-step")
         with cls._lock:
-            cls._get()._step = step  # noqa: SLF001 - the object is of this class
+            self = cls._get()
+            if step != self._step:
+                self._turn_to(step)
 
     @classmethod
     def save(
@@ -301,13 +325,24 @@ class PrecisionDebugger:
             self._recorder.recording.__exit__(None, None, None)
 
     def _look(self) -> None:
-        """Takes over a configuration file that has changed (`dump_enable`)."""
-        if self._is_recording or not self._watch.look():
+        """Takes over a configuration file that has changed (`dump_enable`).
+
+        Recording is switched at once; other keys hold once the open step is written.
+        """
+        if self._is_recording:
             return
-        if self._recorder is not None:
+        self._watch.look()
+        new = self._watch.config
+        if new == self.config:
+            return
+        if replace(self.config, dump_enable=new.dump_enable) == new:
+            if self._recorder is not None and not self._watch.is_on:
+                self._recorder.detach()
+            self.config = new
+        elif not self._has_open_step:
             self._flush()
             self._recorder = None
-        self.config = self._watch.config
+            self.config = new
 
     def _is_wanted(self) -> bool:
         if not self._watch.is_on:

@@ -14,7 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import (
@@ -35,7 +35,8 @@ from torch.overrides import TorchFunctionMode
 from pytest_msprobe.debugger.callers import Callers
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measured
-from pytest_msprobe.debugger.raw import CallSite, RawCall
+from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
+from pytest_msprobe.debugger.trace import marks_of
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -90,6 +91,33 @@ class Action(Enum):
     RECORD = 3
 
 
+class FunctionPoint:
+    """A function under one name.
+
+    Attributes:
+        site: The name.
+        marks: Ends of its calls.
+    """
+
+    __slots__ = ("_entry", "marks", "site")
+
+    module = None
+
+    def __init__(self, site: CallSite, entry: "Entry") -> None:
+        self.site = site
+        self._entry = entry
+        self.marks = marks_of(self)
+
+    def start(self, numbering: Numbering) -> RawCall:
+        """A numbered record of a call."""
+        return numbering.begin(self.site)
+
+    def adjust(self, call: RawCall) -> None:
+        """Arguments that hold no numbers, and what `out=` held, are not judged."""
+        if self._entry.opaque or "out" in call.input_kwargs:
+            _set_roles(call, entry=self._entry)
+
+
 @dataclass(slots=True)
 class Entry:
     """What is known of one function.
@@ -108,6 +136,7 @@ class Entry:
         opaque: Positions and names of arguments that hold no numbers.
         is_python: It may run Python code, whose writes the mode does not see.
         is_marked: Of what was there before it writes what its schema marks, no more.
+        points: It under each of its names.
     """
 
     action: Action
@@ -122,6 +151,14 @@ class Entry:
     opaque: tuple[int | str, ...] = ()
     is_python: bool = False
     is_marked: bool = False
+    points: dict[CallSite, FunctionPoint] = field(default_factory=dict)
+
+    def point(self, site: CallSite) -> FunctionPoint:
+        """The function under a name."""
+        point = self.points.get(site)
+        if point is None:
+            point = self.points[site] = FunctionPoint(site, self)
+        return point
 
 
 def read_op_list(path: Path | None) -> dict[str, list[str]]:
@@ -223,7 +260,6 @@ class FunctionTable:
         self._namespaces = frozenset(namespaces)
         self._entries: dict[Any, Entry] = {}
         self._known: dict[Any, Entry] = {}
-        self._sites: dict[str, CallSite] = {}
         self.unseen: list[tuple[Any, str, Entry]] = []
         for group, names in op_list.items():
             if group not in _IGNORED_GROUPS:
@@ -289,10 +325,7 @@ class FunctionTable:
 
     def site(self, prefix: str) -> CallSite:
         """The site of a name; functions that share a name share its numbering."""
-        site = self._sites.get(prefix)
-        if site is None:
-            site = self._sites[prefix] = CallSite(prefix, ".forward", is_module=False)
-        return site
+        return self._collector.function_site(prefix)
 
     def lookup(self, function: Any) -> Entry:
         """What to do with a function's calls."""
@@ -411,6 +444,12 @@ def _is_seen_by_mode(function: Any) -> bool:
     return True
 
 
+# Torch has no other access to the stack of modes than to its top.
+_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack  # noqa: SLF001
+_pop: Callable[[], Any] = torch.overrides._pop_mode  # noqa: SLF001
+_push: Callable[[Any], None] = torch.overrides._push_mode  # noqa: SLF001
+
+
 class FunctionMode(TorchFunctionMode):
     """Records the calls that the table asks for."""
 
@@ -419,6 +458,33 @@ class FunctionMode(TorchFunctionMode):
         self._collector = collector
         self._table = table
         self._callers = Callers()
+
+    def enter(self) -> None:
+        """Sees the calls of this thread, once.
+
+        It goes below the modes of others: when one of them ends it takes the topmost.
+        That of `torch.set_default_device` alone has to be the lowest.
+        """
+        if self not in _modes():
+            lowest = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)  # noqa: SLF001
+            above = []
+            while _modes() and _modes()[-1] is not lowest:
+                above.append(_pop())
+            for mode in (self, *reversed(above)):
+                _push(mode)
+
+    def leave(self) -> None:
+        """Sees them no more; the modes of others stay on.
+
+        In another thread than that of `enter` nothing is done: the mode stays on in the
+        former and passes everything through while nothing is recorded.
+        """
+        above = []
+        while self in _modes():
+            above.append(_pop())
+        for mode in reversed(above):
+            if mode is not self:
+                _push(mode)
 
     def __torch_function__(
         self,
@@ -435,7 +501,7 @@ class FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if type(func) is MethodWrapperType:
             if func.__name__ == "__set__":
-                collector.before_write(args[:1])
+                collector.before_write(args[0])
             return func(*args, **kwargs)
         entry = self._table.lookup(func)
         site = entry.site
@@ -445,6 +511,8 @@ class FunctionMode(TorchFunctionMode):
                 return func(*args, **kwargs)
             return call_unrecorded(collector, entry, func, args, kwargs)
         frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
+        if frame.f_code.co_name == "__torch_function__":
+            frame = _behind_modes(frame)
         if has_operators:
             site = self._operator_site(entry, site, frame, args)
         if site is None:
@@ -510,6 +578,13 @@ class FunctionMode(TorchFunctionMode):
             return args, kwargs
 
 
+def _behind_modes(frame: FrameType) -> FrameType:
+    """The frame that made a call which modes of others have passed on."""
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
 def call_unrecorded(
     collector: Collector,
     entry: Entry,
@@ -519,9 +594,8 @@ def call_unrecorded(
 ) -> Any:
     """Calls a function that is not recorded and notes what it does to memory."""
     try:
-        written = _written(entry, args, kwargs)
-        if written:
-            collector.before_write(written)
+        for tensor in _written(entry, args, kwargs):
+            collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
     if entry.is_python:
@@ -576,6 +650,31 @@ def record_call(
         seen: Arguments to record where they differ from those to call with.
     """
     seen_args, seen_kwargs = seen or (args, kwargs)
+    if collector.is_traced:
+        return _trace_call(
+            collector,
+            entry,
+            site,
+            func,
+            (args, kwargs),
+            (seen_args, seen_kwargs, frame),
+        )
+    return _record_one(
+        collector, entry, site, func, (args, kwargs), (seen_args, seen_kwargs, frame)
+    )
+
+
+def _record_one(
+    collector: Collector,
+    entry: Entry,
+    site: CallSite,
+    func: Callable[..., Any],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    seen: tuple[tuple[Any, ...], dict[str, Any], FrameType],
+) -> Any:
+    """Calls a function and records it by itself."""
+    args, kwargs = given
+    seen_args, seen_kwargs, frame = seen
     call: RawCall | None = None
     written: list[torch.Tensor] = []
     try:
@@ -592,7 +691,8 @@ def record_call(
             call = None
         if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
             written = _written(entry, args, kwargs)
-            collector.before_write(written)
+            for tensor in written:
+                collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
@@ -609,6 +709,38 @@ def record_call(
                 selection.leave(call.name, is_module=False)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
+    return result
+
+
+def _trace_call(
+    collector: Collector,
+    entry: Entry,
+    site: CallSite,
+    func: Callable[..., Any],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    seen: tuple[tuple[Any, ...], dict[str, Any], FrameType],
+) -> Any:
+    """Calls a function and notes inputs before and outputs after."""
+    args, kwargs = given
+    point = entry.points.get(site) or entry.point(site)
+    collector.note_start(point, *seen)
+    written: list[torch.Tensor] = []
+    if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
+        try:
+            written = _written(entry, args, kwargs)
+            for tensor in written:
+                collector.before_write(tensor)
+        except Exception as error:  # noqa: BLE001 - never into the model
+            collector.fail(error)
+    try:
+        if entry.is_python:
+            result = call_unseen(collector, entry, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+    except BaseException:
+        collector.note_abort(point)
+        raise
+    collector.note_end(point, result, written)
     return result
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the raw records of a step into plain ones, off the hot path."""
 
+from collections.abc import Iterator
+
 from pytest_msprobe.debugger.measure import Measured, to_value
 from pytest_msprobe.debugger.raw import RawCall, RawStep
 from pytest_msprobe.model.calls import CallRecord, Scalar, StepRecord, Tree
@@ -11,9 +13,19 @@ def materialize(step: RawStep) -> StepRecord:
     return StepRecord(
         step.step,
         step.layout,
-        [_call(call, step) for call in step.calls],
+        [_call(call, step) for call in _calls(step)],
         step.common_stack,
     )
+
+
+def _calls(step: RawStep) -> Iterator[RawCall]:
+    """All calls, in the order in which they ended."""
+    running: dict[int, RawCall] = {}
+    for item in step.calls:
+        if isinstance(item, RawCall):
+            yield item
+        else:
+            yield from item.calls(running)
 
 
 def _call(call: RawCall, step: RawStep) -> CallRecord:

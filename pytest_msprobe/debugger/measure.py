@@ -70,6 +70,7 @@ class Plan:
         whole: Table for one row over everything.
         tokens: Table for the token-major pieces of the open step.
         samples: Table for the sample-major pieces of the open step.
+        tables: Tables of steps whose pieces had the same rows.
     """
 
     __slots__ = (
@@ -83,6 +84,7 @@ class Plan:
         "samples",
         "shape",
         "size",
+        "tables",
         "tokens",
         "whole",
     )
@@ -100,6 +102,7 @@ class Plan:
         self.whole: Table | None = None
         self.tokens: Table | None = None
         self.samples: Table | None = None
+        self.tables: dict[tuple[Any, ...], Table] = {}
 
 
 class Measured(NamedTuple):
@@ -171,6 +174,7 @@ class Measurer:
         token_pieces: Their pieces in the open step.
         sample_pieces: The same for sample-major tensors.
         measured_rows: Rows measured so far.
+        refutations: How many slots turned out not to be token-major.
         is_launching: Whether its own kernels are being started.
         backends: Backend and reason by kind of device.
         seen: Tensors measured, or soon, and not written since, by id.
@@ -190,10 +194,12 @@ class Measurer:
         self.token_pieces: tuple[Piece, ...] = ()
         self.sample_pieces: tuple[Piece, ...] = ()
         self.measured_rows = 0
+        self.refutations = 0
         self.is_launching = False
         self.backends: dict[str, tuple[Backend, str]] = {}
         self._plans: dict[Any, Plan] = {}
         self._layout_plans: list[Plan] = []
+        self._forms: dict[RowClass, tuple[Any, ...]] = {}
         self._chunk: npt.NDArray[np.float64] = np.zeros((0, ROW_WIDTH))
         self._chunk_address = 0
         self._used = 0
@@ -220,6 +226,7 @@ class Measurer:
         self.padded_tokens = padded_tokens
         self.sample_rows = len(samples)
         self.token_pieces, self.sample_pieces = tokens, samples
+        self._forms = {"token": _rows_of(tokens), "sample": _rows_of(samples)}
 
     def clear_layout(self) -> None:
         """A step begins: its rows are not known yet."""
@@ -445,7 +452,9 @@ class Measurer:
             return "neither"
         if self.phase == "forward":
             if first != self.padded_tokens:
-                refuted.add(slot)
+                if slot not in refuted:
+                    refuted.add(slot)
+                    self.refutations += 1
             elif slot not in refuted:
                 return "token"
         elif self.phase != "outside":
@@ -523,8 +532,19 @@ class Measurer:
     ) -> Table:
         if plan.tokens is None and plan.samples is None:
             self._layout_plans.append(plan)
-        parts = _parts(plan.shape, self._pieces(row_class))
-        table = self._table(dtype, plan, parts)
+        pieces = self._pieces(row_class)
+        key = (row_class, *self._forms[row_class])
+        table = plan.tables.get(key)
+        if table is None:
+            table = self._table(dtype, plan, _parts(plan.shape, pieces))
+            if plan.queue is None:
+                plan.tables[key] = table
+        elif table.spans:
+            from pytest_msprobe.statistics import cpu
+
+            width = plan.elements // plan.first
+            positions = [piece.position * width for piece in pieces if piece.rows]
+            table.array[:, cpu.FIRST_INDEX] = positions
         if row_class == "token":
             plan.tokens = table
         else:
@@ -586,6 +606,10 @@ class Measurer:
 def is_suspicious(tensor: torch.Tensor) -> bool:
     """Whether a tensor is so large that it may be a KV cache."""
     return tensor.numel() >= _SUSPICIOUS_ELEMENTS
+
+
+def _rows_of(pieces: tuple[Piece, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((piece.first_row, piece.rows) for piece in pieces)
 
 
 def _parts(shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> list[list[Span]]:

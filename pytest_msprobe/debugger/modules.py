@@ -5,9 +5,12 @@ A wrapper on the instance keeps `nn.Module.__call__` on its fast path and is als
 by classes whose `__call__` goes around it (vLLM's support_torch_compile).
 """
 
+import contextlib
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ import torch
 from pytest_msprobe.debugger.backward import Backward, ModulePass
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.load import Loader
-from pytest_msprobe.debugger.raw import RawCall
+from pytest_msprobe.debugger.raw import Numbering, RawCall
+from pytest_msprobe.debugger.trace import marks_of
+from pytest_msprobe.errors import ConfigError
 
 _MISSING = object()
 
@@ -23,65 +28,93 @@ _MISSING = object()
 def root_models(
     model: torch.nn.Module | Sequence[torch.nn.Module],
 ) -> list[tuple[str, torch.nn.Module]]:
-    """The models given to `start` with the prefix of their submodules' paths."""
-    if isinstance(model, torch.nn.Module):
-        return [("", model)]
-    return [(f"{index}.", item) for index, item in enumerate(model)]
+    """The models given to `start` with the prefix of their submodules' paths.
+
+    Raises:
+        ConfigError: It is neither a module nor a list or tuple of modules.
+    """
+    if isinstance(model, list | tuple):
+        roots = [(f"{index}.", item) for index, item in enumerate(model)]
+    else:
+        roots = [("", model)]
+    for _, root in roots:
+        expected = "expected a module, or a list or tuple of modules"
+        if isinstance(root, torch.jit.ScriptModule):
+            expected += " that are not in TorchScript, which no wrapper sees"
+        elif isinstance(root, torch.nn.Module):
+            continue
+        message = f"model: {expected}, found {type(root).__name__}"
+        raise ConfigError(message, slug="model")
+    return roots
 
 
 def module_paths(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
+    roots: Sequence[tuple[str, torch.nn.Module]],
 ) -> dict[int, tuple[torch.nn.Module, list[str]]]:
-    """Every submodule, by id, with all the paths that lead to it; roots left out."""
+    """Every submodule, by id, with all the paths that lead to it.
+
+    Roots are left out, and modules in TorchScript.
+    """
     found: dict[int, tuple[torch.nn.Module, list[str]]] = {}
-    for prefix, root in root_models(model):
+    for prefix, root in roots:
         for path, module in root.named_modules(remove_duplicate=False):
-            if path:
+            if path and not isinstance(module, torch.jit.ScriptModule):
                 entry = found.setdefault(id(module), (module, []))
                 entry[1].append(prefix + path)
     return found
 
 
 class ModuleWrappers:
-    """Puts wrappers on the submodules of a model and takes them off again."""
+    """Puts wrappers on the submodules of a model and takes them off again.
+
+    Attributes:
+        roots: The models, each with the prefix of its submodules' paths.
+        recorded: Ids of the modules that have a record here.
+    """
 
     def __init__(
         self, collector: Collector, model: torch.nn.Module | Sequence[torch.nn.Module]
     ) -> None:
         self._collector = collector
-        self._model = model
+        self.roots = root_models(model)
         self._originals: list[tuple[torch.nn.Module, object, object]] = []
-        self._has_modules = False
+        self.recorded: set[int] = set()
 
-    def install(self, *, has_modules: bool) -> None:
+    def install(
+        self, *, has_modules: bool, others: Collection["ModuleWrappers"] = ()
+    ) -> None:
         """Wraps every submodule and notes where the model's forward begins.
 
         Args:
             has_modules: Whether calls of modules are recorded; else only the place
                 where the forward begins is noted.
+            others: Wrappers of other models; what they have is not wrapped again.
         """
-        self._has_modules = has_modules
+        known: set[int] = set().union(*(other.recorded for other in others))
+        marked = {id(root) for other in others for _, root in other.roots}
         sizes: set[int] = set()
-        for module, paths in module_paths(self._model).values():
+        for module, paths in module_paths(self.roots).values():
             for parameter in module.parameters(recurse=False):
                 sizes.update(parameter.shape)
-            if has_modules:
+            if has_modules and id(module) not in known:
+                self.recorded.add(id(module))
                 self._wrap(module, self._record(module, paths))
                 if self._collector.backward is not None:
                     prefix = f"Module.{paths[0]}.{type(module).__name__}"
                     self._collector.backward.watch_parameters(module, prefix)
-        for index, (_, root) in enumerate(root_models(self._model)):
-            self._wrap(root, self._mark_forward(root, is_counted=index == 0))
+        for index, (_, root) in enumerate(self.roots):
+            if id(root) not in marked:
+                self._wrap(root, self._mark_forward(root, is_counted=index == 0))
         self._collector.model_dimensions |= sizes
 
     def install_one(self, name: str) -> None:
         """Wraps the model itself under a name, and nothing inside it."""
-        assert isinstance(self._model, torch.nn.Module)
-        self._wrap(self._model, self._record(self._model, [name]))
+        ((_, model),) = self.roots
+        self._wrap(model, self._record(model, [name]))
 
     def has(self, module: torch.nn.Module) -> bool:
         """Whether a module is recorded."""
-        return self._has_modules and id(module) in module_paths(self._model)
+        return id(module) in self.recorded
 
     def remove(self) -> None:
         """Restores every module as it was; what others have put there since stays."""
@@ -103,9 +136,12 @@ class ModuleWrappers:
         self, root: torch.nn.Module, *, is_counted: bool
     ) -> Callable[..., Any]:
         collector, original = self._collector, root.forward
+        plain = _plain(root)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(plain)
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is not root:
+                return plain(self, *args, **kwargs)
             if is_counted and collector.forward_range is not None:
                 collector.count_forward()
             if not collector.is_recording:
@@ -119,26 +155,46 @@ class ModuleWrappers:
             finally:
                 collector.set_phase("after")
 
-        return forward
+        return MethodType(forward, root)
 
     def _record(self, module: torch.nn.Module, paths: list[str]) -> Callable[..., Any]:
         hook = _ModuleHook(self._collector, module, paths)
         recorded = self._observe(module, hook)
         if self._collector.loader is None:
             return recorded
-        return _with_loaded(hook, recorded, self._collector.loader)
+        return _with_loaded(hook, module, recorded, self._collector.loader)
 
     def _observe(
         self, module: torch.nn.Module, hook: "_ModuleHook"
     ) -> Callable[..., Any]:
         original = module.forward
         if self._collector.backward is not None:
-            return _with_gradients(hook, original, self._collector.backward)
+            return _with_gradients(hook, module, self._collector.backward)
+        plain = _plain(module)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not hook.collector.is_recording:
+        collector = self._collector
+
+        @functools.wraps(plain)
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is not module:
+                return plain(self, *args, **kwargs)
+            if not collector.is_recording:
                 return original(*args, **kwargs)
+            if not collector.is_traced:
+                return one_by_one(*args, **kwargs)
+            collector.note_start(hook, args, kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException:
+                collector.note_abort(hook)
+                raise
+            if result is None:
+                collector.note_silent_end(hook, args, kwargs)
+            else:
+                collector.note_end(hook, result)
+            return result
+
+        def one_by_one(*args: Any, **kwargs: Any) -> Any:
             entered = hook.enter(args, kwargs)
             try:
                 result = original(*args, **kwargs)
@@ -148,16 +204,45 @@ class ModuleWrappers:
             hook.leave(entered, result)
             return result
 
-        return forward
+        return MethodType(forward, module)
+
+
+def _plain(module: torch.nn.Module) -> Callable[..., Any]:
+    """The forward of a module as a function of the module.
+
+    A wrapper is bound to its module as the forward of its class is, so that a copy of
+    the module (`copy.deepcopy`, pickle) has a forward of the copy.
+    """
+    forward = module.forward
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return forward.__func__
+
+    @functools.wraps(forward)
+    def plain(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        del self
+        return forward(*args, **kwargs)
+
+    with contextlib.suppress(TypeError, ValueError):
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(forward)
+        names = [own, *signature.parameters.values()]
+        plain.__signature__ = signature.replace(parameters=names)  # type: ignore[attr-defined]
+    return plain
 
 
 def _with_loaded(
-    hook: "_ModuleHook", recorded: Callable[..., Any], loader: Loader
+    hook: "_ModuleHook",
+    module: torch.nn.Module,
+    recorded: Callable[..., Any],
+    loader: Loader,
 ) -> Callable[..., Any]:
     """The wrapper of a module whose inputs may be replaced."""
+    plain = _plain(module)
 
-    @functools.wraps(recorded)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return plain(self, *args, **kwargs)
         if hook.collector.is_recording:
             try:
                 with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
@@ -166,16 +251,19 @@ def _with_loaded(
                 hook.collector.fail(error)
         return recorded(*args, **kwargs)
 
-    return forward
+    return MethodType(forward, module)
 
 
 def _with_gradients(
-    hook: "_ModuleHook", original: Callable[..., Any], backward: Backward
+    hook: "_ModuleHook", module: torch.nn.Module, backward: Backward
 ) -> Callable[..., Any]:
     """The wrapper of a module whose gradients are recorded too."""
+    original, plain = module.forward, _plain(module)
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return plain(self, *args, **kwargs)
         if not hook.collector.is_recording:
             return original(*args, **kwargs)
         entered = hook.enter(args, kwargs)
@@ -191,7 +279,7 @@ def _with_gradients(
             hook.watch(passed, result)
         return result
 
-    return forward
+    return MethodType(forward, module)
 
 
 class _ModuleHook:
@@ -202,9 +290,10 @@ class _ModuleHook:
     ) -> None:
         name = type(module).__name__
         self.collector = collector
-        self._module = module
-        self._site = collector.module_site(f"Module.{paths[0]}.{name}.forward.")
-        self._site.places = collector.places.get(paths[0], {})
+        self.module = module
+        self.site = collector.module_site(f"Module.{paths[0]}.{name}.forward.")
+        self.marks = marks_of(self)
+        self.site.places = collector.places.get(paths[0], {})
         self._aliases = {}
         if len(paths) > 1:
             self._aliases = {
@@ -217,24 +306,32 @@ class _ModuleHook:
 
     def next_name(self) -> str:
         """Name that the next call will have."""
-        site, generation = self._site, self.collector.generation
-        return site.name(site.count if site.generation == generation else 0)
+        return self.site.name(self.collector.numbering.next_number(self.site))
+
+    def start(self, numbering: Numbering) -> RawCall:
+        """A numbered record of a call."""
+        alias = ""
+        if self._aliases:
+            alias = self._aliases.get(numbering.path, "")
+        return numbering.begin(self.site, alias)
+
+    def adjust(self, call: RawCall) -> None:
+        """Modules know no roles."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall | None:
         """Notes a call with its inputs."""
         collector = self.collector
         try:
-            alias = ""
-            if self._aliases:
-                alias = self._aliases.get(running_path(collector), "")
-            call = collector.begin_call(self._site, alias)
+            call = self.start(collector.numbering)
+            if collector.progress is not None:
+                collector.progress.note(call.name)
             if self._is_selective and not collector.selection.enter(
                 call.name, is_module=True
             ):
                 return call
             if self._keeps_stacks:
                 collector.take_stack(call, sys._getframe(1))  # noqa: SLF001
-            call.module = self._module
+            call.module = self.module
             collector.log_inputs(call, args, kwargs)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
@@ -246,7 +343,7 @@ class _ModuleHook:
         if call is None:
             return
         collector = self.collector
-        collector.leave_module(call)
+        collector.numbering.leave(call)
         if not collector.is_recording:
             return
         try:
@@ -281,7 +378,7 @@ class _ModuleHook:
     def abort(self, call: RawCall | None) -> None:
         """The call ended with an exception."""
         if call is not None:
-            self.collector.leave_module(call)
+            self.collector.numbering.leave(call)
             self.collector.selection.leave(call.name, is_module=True)
 
 
@@ -294,12 +391,3 @@ def _input_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     if args and isinstance(args[0], torch.Tensor) and args[0].ndim:
         return int(args[0].shape[0])
     return None
-
-
-def running_path(collector: Collector) -> str:
-    """Path of the innermost running module, empty for the root."""
-    call = collector.active_module
-    if call is None:
-        return ""
-    # Module.<path>.<Class>.forward.<n>
-    return (call.key or call.name).removeprefix("Module.").rsplit(".", 3)[0]

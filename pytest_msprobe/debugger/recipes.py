@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the values of a call were read, to read values of the same form alike.
+"""How the values of calls were read, to read values of the same form alike.
 
-Steps of a model repeat themselves: the same call is given other numbers in tensors of
-the same form. Torch's own guard, made for compiled code, tells that with one call.
+Steps of a model repeat themselves: the same calls are given other numbers in tensors of
+the same form. Torch's own guard, made for compiled code, tells that for all tensors of
+many calls at once.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
+from pytest_msprobe.debugger.calls import describe_value
 from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan
-from pytest_msprobe.model.calls import Tree
+from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
 if TYPE_CHECKING:
     from pytest_msprobe.model.segments import RowClass
@@ -21,135 +29,297 @@ _TensorGuards: Any = None
 with contextlib.suppress(ImportError):  # another torch: nothing is remembered
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
 
-# What a recipe holds for, besides the values: phase and rows of the step.
-State = tuple[Any, ...]
 
-
-class Recipe:
-    """How a list of values was read.
+class Form(NamedTuple):
+    """How a tensor is read.
 
     Attributes:
-        state: Of the step.
-        names: Of the values that were given by keyword, at the end of the list.
-        nodes: What they were read as; tensors that are measured each time are None.
-        same: Places of values that are no tensors, and the values.
-        constants: Places of parameters, buffers and tensors without elements, the
-            tensors, and their versions.
-        version: Of the constants as a whole.
-        places: Of tensors that are measured.
-        forms: Plan and class of rows of each of them.
-        check: Whether other tensors have their form.
+        plan: Of its form.
+        row_class: How it is divided.
+        role: That the call's function gives it, None for that of its memory.
+        is_result: A module returns it: it has been written, by whatever means.
     """
 
-    __slots__ = (
-        "check",
-        "constants",
-        "forms",
-        "names",
-        "nodes",
-        "places",
-        "same",
-        "state",
-        "version",
-    )
+    plan: Plan
+    row_class: "RowClass"
+    role: Role | None
+    is_result: bool
 
-    def __init__(self, state: State, names: tuple[str, ...], version: int) -> None:
-        self.state = state
-        self.names = names
-        self.version = version
-        self.nodes: list[Tree] = []
-        self.same: list[tuple[int, Any]] = []
-        self.constants: list[tuple[int, torch.Tensor, int]] = []
-        self.places: list[int] = []
-        self.forms: list[tuple[Plan, RowClass]] = []
-        self.check: Callable[..., bool] = _is_empty
+
+@dataclass(slots=True)
+class Slot:
+    """One value to remember.
+
+    Attributes:
+        name: As in a dump, e.g. `input_args.0`.
+        value: What was given.
+        node: What it was read as.
+        shown: The same with its role.
+        role: As in `Form`.
+        is_result: As in `Form`.
+    """
+
+    name: str
+    value: Any
+    node: Tree
+    shown: Tree
+    role: Role | None = None
+    is_result: bool = False
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How the values of some calls were read.
+
+    Attributes:
+        state: Which slots were known not to be token-major.
+        version: Of the constants as a whole.
+        nodes: What the values were read as; tensors that are measured are None.
+        same: Places of values that are no tensors, the values, and their slots.
+        constants: Picks parameters and buffers, None where there are none.
+        constant_ids: Theirs.
+        owners: Parameters of modules, as the modules hold them.
+        owned_ids: Theirs.
+        watched: Constants and parameters that count their writes.
+        writes: How often they had been written.
+        parameters: What the parameters of each call were read as.
+        pick: Picks the tensors that are measured, each once; None where there are none.
+        places: Theirs.
+        forms: How they are read.
+        check: Whether other tensors have their form, and are different ones; tensors
+            without elements are asked too.
+        copies: Picks the same tensors where they are given again.
+        originals: Picks where they are given first.
+        copied: Places of both.
+    """
+
+    state: int
+    version: int
+    nodes: list[Tree] = field(default_factory=list)
+    same: list[tuple[int, Any, str]] = field(default_factory=list)
+    constants: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    constant_ids: list[int] = field(default_factory=list)
+    owners: list[Mapping[str, Any]] = field(default_factory=list)
+    owned_ids: list[int] = field(default_factory=list)
+    watched: list[torch.Tensor] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    parameters: list[dict[str, Tree] | None] = field(default_factory=list)
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    places: list[int] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    check: Callable[..., bool] | None = None
+    copies: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+    copied: list[tuple[int, int]] = field(default_factory=list)
 
     def fits(
-        self, values: Sequence[Any], names: tuple[str, ...], state: State, version: int
-    ) -> list[torch.Tensor] | None:
-        """The tensors to measure, None where the values have another form.
+        self, values: Sequence[Any], state: int, version: int
+    ) -> tuple[tuple[torch.Tensor, ...], list[Tree]] | None:
+        """The tensors to measure and all other nodes, None where the form is another.
 
         Args:
-            values: Positional values, then those given by keyword.
-            names: Of the latter.
-            state: Of the step.
+            values: Of the calls, as many as there are nodes.
+            state: As of the recipe.
             version: Of the constants.
         """
-        if state != self.state or len(values) != len(self.nodes) or names != self.names:
+        is_known = state == self.state and version == self.version
+        if not (is_known and self._owns_the_same() and self._has_constants(values)):
             return None
-        for place, expected in self.same:
+        tensors: tuple[torch.Tensor, ...] = ()
+        if self.pick is not None:
+            tensors = self.pick(values)
+            if not self._has_forms(tensors, values):
+                return None
+        nodes = self.nodes.copy()
+        for place, expected, name in self.same:
             value = values[place]
-            if value is not expected and (
-                type(value) is not type(expected) or repr(value) != repr(expected)
-            ):
-                return None
-        if self.constants:
-            if version != self.version:
-                return None
-            for place, constant, written in self.constants:
-                value = values[place]
-                if value is not constant or (
-                    written >= 0 and value._version != written  # noqa: SLF001 - torch has no other
-                ):
+            if value is not expected:
+                if type(value) is not type(expected):
                     return None
-        tensors = [values[place] for place in self.places]
-        return tensors if self.check(*tensors) else None
+                nodes[place] = describe_value(value, name, _no_tensor)
+        return tensors, nodes
+
+    def _owns_the_same(self) -> bool:
+        """Whether parameters are the same ones, and were not written."""
+        if self.owners:
+            owned = chain.from_iterable(map(_values_of, self.owners))
+            if list(map(id, owned)) != self.owned_ids:
+                return False
+        return [t._version for t in self.watched] == self.writes  # noqa: SLF001 - torch has no other
+
+    def _has_constants(self, values: Sequence[Any]) -> bool:
+        return self.constants is None or (
+            list(map(id, self.constants(values))) == self.constant_ids
+        )
+
+    def _has_forms(
+        self, tensors: tuple[torch.Tensor, ...], values: Sequence[Any]
+    ) -> bool:
+        """Whether tensors have the forms, and are given again where they were."""
+        for tensor in tensors:
+            if getattr(tensor, "is_nested", True):  # torch's guard would abort
+                return False
+        if self.check is None or not self.check(*tensors):
+            return False
+        if self.copies is None or self.originals is None:
+            return True
+        copies = map(id, self.copies(values))
+        return list(copies) == list(map(id, self.originals(values)))
 
 
-def _is_empty(*tensors: torch.Tensor) -> bool:
-    return not tensors
+def _no_tensor(tensor: torch.Tensor, slot: str) -> TensorValue:
+    raise AssertionError(f"{slot}: a tensor {tuple(tensor.shape)} inside a plain value")
+
+
+def _values_of(owner: Mapping[str, Any]) -> Any:
+    return owner.values()
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]] | None:
+    if not places:
+        return None
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places)
 
 
 def make_recipe(
-    values: Sequence[Any],
-    nodes: Sequence[Tree],
-    names: tuple[str, ...],
-    state: State,
+    slots: Sequence[Slot],
+    parameters: Sequence[tuple[torch.nn.Module | None, dict[str, Tree] | None]],
+    *,
+    state: int,
     version: int,
     constants: Mapping[int, tuple[int, Tree]],
-    lasting: frozenset[Any],
+    lasting: AbstractSet[Any],
 ) -> Recipe | None:
     """Remembers how values were read.
 
     Args:
-        values: Positional values, then those given by keyword.
-        nodes: What they were read as.
-        names: Of values given by keyword.
-        state: Of the step.
+        slots: The values and what they were read as.
+        parameters: Of each call, with the module that owns them.
+        state: As of a recipe.
         version: Of the constants.
         constants: Version and node by id of a tensor; others are measured each time.
-        lasting: Types of values that are equal if they look equal.
+        lasting: Types of values that cannot change.
 
     Returns:
         None where values must be looked at each time.
     """
     if _TensorGuards is None:
         return None
-    recipe = Recipe(state, names, version)
-    tensors = []
-    for place, (value, node) in enumerate(zip(values, nodes, strict=True)):
-        known = constants.get(id(value))
-        is_empty = isinstance(value, torch.Tensor) and not value.numel()
-        if is_empty or (known is not None and known[1] is node):
-            written = -1 if value.is_inference() else value._version  # noqa: SLF001
-            recipe.constants.append((place, value, written))
-        elif type(value) in PLAIN_TYPES:
-            if not isinstance(node, Measured) or node.plan.kind < 0:
-                return None
-            recipe.places.append(place)
-            recipe.forms.append((node.plan, node.row_class))
-            tensors.append(value)
-            recipe.nodes.append(None)
-            continue
-        elif type(value) in lasting:
-            recipe.same.append((place, value))
-        else:
+    maker = _Maker(Recipe(state, version), constants, lasting)
+    for place, slot in enumerate(slots):
+        if not maker.add(place, slot):
             return None
-        recipe.nodes.append(node)
-    if tensors:
-        every = [[None] * tensor.ndim for tensor in tensors]
-        guards = _TensorGuards(
-            *tensors, dynamic_dims_sizes=every, dynamic_dims_strides=every
-        )
-        recipe.check = guards.check
-    return recipe
+    for module, nodes in parameters:
+        maker.recipe.parameters.append(nodes)
+        if module is not None and module._parameters:  # noqa: SLF001 - fast
+            maker.own(module._parameters)  # noqa: SLF001
+    return maker.finish()
+
+
+class _Maker:
+    """Adds slots to a recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        constants: Mapping[int, tuple[int, Tree]],
+        lasting: AbstractSet[Any],
+    ) -> None:
+        self.recipe = recipe
+        self._constants = constants
+        self._lasting = lasting
+        self._constant_places: list[int] = []
+        self._tensors: list[torch.Tensor] = []
+        self._empty: list[tuple[int, torch.Tensor]] = []
+        self._firsts: dict[tuple[int, Any, Any], int] = {}
+
+    def add(self, place: int, slot: Slot) -> bool:
+        """Adds a slot; whether that could be done."""
+        value, node = slot.value, slot.node
+        known = self._constants.get(id(value))
+        if known is not None and known[1] is node:
+            self._constant_places.append(place)
+            self.recipe.constant_ids.append(id(value))
+            self._watch(value)
+        elif type(value) in PLAIN_TYPES and _is_empty(value):
+            self._add_empty(place, value)
+        elif type(value) in PLAIN_TYPES:
+            if not self._add_tensor(place, slot):
+                return False
+        elif type(value) in self._lasting or not _is_container(value):
+            self.recipe.same.append((place, value, slot.name))
+        else:
+            return False
+        self.recipe.nodes.append(slot.shown)
+        return True
+
+    def _add_empty(self, place: int, value: torch.Tensor) -> None:
+        """It is not measured, but others have to be empty as well."""
+        for first, other in self._empty:
+            if other is value:
+                self.recipe.copied.append((place, first))
+                return
+        self._empty.append((place, value))
+
+    def _add_tensor(self, place: int, slot: Slot) -> bool:
+        value, node, shown = slot.value, slot.node, slot.shown
+        if not isinstance(node, Measured) or node.plan.kind < 0:
+            return False
+        assert isinstance(shown, Measured)
+        # Two rows of one tensor may be divided otherwise, or have other roles.
+        first = self._firsts.setdefault((id(value), node.row_class, shown.role), place)
+        if first != place:
+            self.recipe.copied.append((place, first))
+            return True
+        if any(value is other for other in self._tensors):
+            return False
+        form = Form(node.plan, node.row_class, slot.role, slot.is_result)
+        self.recipe.places.append(place)
+        self.recipe.forms.append(form)
+        self._tensors.append(value)
+        return True
+
+    def own(self, parameters: Mapping[str, Any]) -> None:
+        """Adds the parameters of a module."""
+        self.recipe.owners.append(parameters)
+        for parameter in parameters.values():
+            self.recipe.owned_ids.append(id(parameter))
+            if parameter is not None:
+                self._watch(parameter)
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_inference():
+            self.recipe.watched.append(tensor)
+            self.recipe.writes.append(tensor._version)  # noqa: SLF001 - torch has no other
+
+    def finish(self) -> Recipe:
+        """The recipe."""
+        recipe = self.recipe
+        recipe.constants = _picker(self._constant_places)
+        recipe.pick = _picker([*recipe.places, *(place for place, _ in self._empty)])
+        recipe.copies = _picker([place for place, _ in recipe.copied])
+        recipe.originals = _picker([first for _, first in recipe.copied])
+        tensors = [*self._tensors, *(value for _, value in self._empty)]
+        if tensors:
+            # Torch would not look at a size or stride that is given as None.
+            guards = _TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+            )
+            recipe.check = guards.check
+        return recipe
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    is_strided = tensor.layout is torch.strided and not tensor.is_quantized
+    return is_strided and not tensor.is_meta and not tensor.numel()
+
+
+def _is_container(value: Any) -> bool:
+    """Whether a value may hold tensors."""
+    kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
+    return isinstance(value, kinds) or dataclasses.is_dataclass(value)

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,20 +48,38 @@ class Estimate:
         rows: Rows measured in it.
         taken: Bytes that it took.
         limit: Bytes at which recording stops.
+        free: Bytes free where the dump is written.
+        steps: Steps that are to be expected, this one among them; 0 where unknown.
     """
 
     rows: int
     taken: int
     limit: int
+    free: int
+    steps: int = 0
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether the steps to be expected go beyond what there is room for."""
+        return self.steps * self.taken > min(self.limit, self.free)
 
     @property
     def text(self) -> str:
         """One line for a log."""
-        steps = self.limit // max(self.taken, 1)
-        return (
-            f"{self.rows} rows and {self.taken} bytes in the first step; max_bytes "
-            f"{self.limit} is enough for about {steps} such steps"
+        room = min(self.limit, self.free)
+        name = f"max_bytes {room}" if room == self.limit else f"{room} bytes free"
+        text = (
+            f"{self.rows} rows and {self.taken} bytes in the first step; {name} "
+            f"is enough for about {room // max(self.taken, 1)} such steps"
         )
+        if self.steps:
+            text += (
+                f"; {self.steps} are expected: about {self.steps * self.rows} rows and "
+                f"{self.steps * self.taken} bytes"
+            )
+        if self.is_too_much:
+            text += "; record less (step, list, level) or make room"
+        return text
 
 
 class Recording:
@@ -86,13 +105,13 @@ class Recording:
         """Stops recording functions; modules go on."""
         mode, self._mode = self._mode, None
         if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            mode.leave()
 
     def enter_functions(self) -> None:
         """Records functions again."""
         self._mode = self._recorder.mode
         if self._mode is not None:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+            self._mode.enter()
 
     def __exit__(self, *error: object) -> None:
         """Stops recording."""
@@ -108,6 +127,7 @@ class Recorder:
         config: What to record.
         folder: Of the dump.
         estimate: What a step takes, known once the first one has ended.
+        expected_steps: Steps that will be recorded, 0 where unknown.
         collector: Where calls are reported.
         mode: The function mode of level L1, None at L0.
         recording: Context manager that records while it is entered.
@@ -138,6 +158,7 @@ class Recorder:
         self.config = config
         self.folder = dump_path
         self.estimate: Estimate | None = None
+        self.expected_steps = 0
         self.collector = Collector(config)
         if has_gradients and config.has_backward:
             self.collector.backward = Backward(self.collector)
@@ -157,7 +178,7 @@ class Recorder:
             has_extra_info=config.extra_info,
             saves_tensors=config.saves_tensors,
         )
-        self._wrappers: dict[int, ModuleWrappers] = {}
+        self._wrappers: dict[tuple[int, ...], ModuleWrappers] = {}
         self._wrapped: WrappedFunctions | None = None
         self._barriers: WriteBarriers | None = None
         self._watch: TritonWatch | None = None
@@ -192,20 +213,23 @@ class Recorder:
 
         Raises:
             CaptureError: The level needs a model and there is none.
-            ConfigError: The list of APIs cannot be read.
+            ConfigError: It is no model, or the list of APIs cannot be read.
         """
-        if self.config.has_modules and model is None:
+        roots = root_models(model) if model is not None else []
+        if self.config.has_modules and not roots:
             message = (
                 f"level {self.config.level} records modules, and no model was given"
             )
             raise CaptureError(message, slug="no-model", hint="use start(model=...)")
-        if model is not None and id(model) not in self._wrappers:
-            wrappers = ModuleWrappers(self.collector, model)
-            self._wrappers[id(model)] = wrappers
-            for _, root in root_models(model):
+        key = tuple(id(root) for _, root in roots)
+        if model is not None and key not in self._wrappers:
+            others = list(self._wrappers.values())
+            self._wrappers[key] = wrappers = ModuleWrappers(self.collector, model)
+            for _, root in roots:
                 self.collector.add_constants(root.parameters())
                 self.collector.add_constants(root.buffers())
-            wrappers.install(has_modules=self.config.has_modules)
+                self.collector.add_modules(root.modules())
+            wrappers.install(has_modules=self.config.has_modules, others=others)
         if self._watch is None:
             self._watch = TritonWatch(self.collector)
             self._watch.install()
@@ -271,6 +295,8 @@ class Recorder:
             self.collector.backward.remove()
         if self._wrapped is not None:
             self._wrapped.remove()
+        if self.mode is not None:
+            self.mode.leave()
         self._wrapped = self.mode = None
         if self._barriers is not None:
             self._barriers.remove()
@@ -325,10 +351,19 @@ class Recorder:
         self._note_estimate()
 
     def _note_estimate(self) -> None:
-        if self.estimate is None:
-            rows = self.collector.measurer.measured_rows
-            self.estimate = Estimate(rows, self.recorded_bytes, self.config.max_bytes)
-            _LOG.info("msprobe: %s", self.estimate.text)
+        if self.estimate is not None:
+            return
+        rows = self.collector.measurer.measured_rows
+        folder = next(p for p in (self.folder, *self.folder.parents) if p.is_dir())
+        self.estimate = Estimate(
+            rows,
+            self.recorded_bytes,
+            self.config.max_bytes,
+            shutil.disk_usage(folder).free,
+            self.expected_steps,
+        )
+        level = logging.WARNING if self.estimate.is_too_much else logging.INFO
+        _LOG.log(level, "msprobe: %s", self.estimate.text)
 
     def drop_step(self) -> None:
         """Forgets the open step, which has not come to its end."""

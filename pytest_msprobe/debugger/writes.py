@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.measure import PLAIN_TYPES
 
 _NAMESPACES: tuple[Any, ...] = (
     torch,
@@ -120,9 +121,12 @@ class WriteBarriers:
         @functools.wraps(original)
         def barrier(*args: Any, **kwargs: Any) -> Any:
             if collector.is_recording and identify() == collector.thread:
-                found = written(args, kwargs)
-                if found:
-                    collector.before_write(_tensors(found))
+                for value in written(args, kwargs):
+                    if type(value) in PLAIN_TYPES:
+                        collector.before_write(value)
+                    elif value is not None:
+                        for tensor in _tensors([value]):
+                            collector.before_write(tensor)
             return original(*args, **kwargs)
 
         @functools.wraps(original)

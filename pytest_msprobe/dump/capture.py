@@ -22,6 +22,8 @@ FORMAT = 2
 OLDEST_READABLE = 1
 # Kind of a capture that was read from dump.json files: it has no sketches.
 DUMP = "dump"
+# Where the provenance says that another capture's tokens were fed back.
+FORCED = "teacher_forcing"
 FILE_NAME = "capture.rank{rank}.jsonl"
 
 SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
@@ -40,6 +42,8 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         logprobs: Log-probability of each sampled id, float32 of the raw logits.
         top: For each sampled position up to 20 pairs (id, logprob), best first.
         prompt: Token ids of the prompt, where they are known (captures only).
+        own: Of a capture that was fed another one's tokens: the ids that it sampled
+            itself; absent where none of them differs.
     """
 
     label: int
@@ -49,6 +53,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     logprobs: list[float | str] = []
     top: list[list[tuple[int, float | str]]] = []
     prompt: list[int] = []
+    own: list[int] = []
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -17,6 +17,7 @@ import torch
 
 from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.engine.experts import add_choices, remove_choices
 from pytest_msprobe.engine.kv_cache import add_readers, remove_readers
 from pytest_msprobe.engine.preflight import check_engine
 from pytest_msprobe.engine.requests import RequestTable, is_real_step
@@ -40,6 +41,7 @@ class Attachment(ABC):
         recorded_steps: Steps recorded so far.
         next_step: Number of the step that comes next.
         on_step: Called when a recorded step has ended.
+        has_end: Whether recording ends with the requests that it began with.
     """
 
     def __init__(
@@ -58,16 +60,19 @@ class Attachment(ABC):
         self._decode_steps = decode_steps
         self.next_step = first_step
         self.on_step: Callable[[], None] | None = None
+        self.has_end = False
         self._is_open = False
         self._replaced: list[tuple[Any, str, object]] = []
         self._cached: list[torch.nn.Module] = []
+        self._routed: list[torch.nn.Module] = []
 
-    def install(self, *, has_execute: bool = True) -> None:
+    def install(self, *, has_execute: bool = True, has_choices: bool = False) -> None:
         """Puts the hooks on.
 
         Args:
             has_execute: Whether execute_model is replaced too; else the caller runs
                 it through `around_execute`.
+            has_choices: Whether the experts that routers choose are rows.
 
         Raises:
             EngineError: The runner lacks a method that every known vLLM has, or what
@@ -87,6 +92,9 @@ class Attachment(ABC):
         if self.recorder.config.kv_cache:
             collector = self.recorder.collector
             self._cached = add_readers(model, collector, self.replace)
+        if has_choices:
+            collector = self.recorder.collector
+            self._routed = add_choices(model, collector, self.replace)
         self.recorder.attach(model)
         self.recorder.collector.set_opaque(self._cache_addresses())
         if has_execute:
@@ -118,6 +126,7 @@ class Attachment(ABC):
                 owner.__dict__[name] = original
         self._replaced.clear()
         remove_readers(self._cached)
+        remove_choices(self._routed)
 
     def replace(
         self, owner: Any, name: str, hook: Callable[..., Callable[..., Any]]
@@ -215,7 +224,7 @@ class Attachment(ABC):
             return
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-                self.tokens.note_sampled(ids)
+                self.tokens.note_sampled(ids, self.requests)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
 
@@ -239,6 +248,8 @@ class Attachment(ABC):
             behind = self.requests.decode_steps_behind()
             if self._decode_steps != ALL_STEPS and behind > self._decode_steps:
                 return False
+            if self.has_end and self.recorder.estimate is None:
+                self.recorder.expected_steps = self._expected_steps()
             self.recorder.begin_step(
                 number,
                 layout_source=self._layout,
@@ -250,6 +261,14 @@ class Attachment(ABC):
             return False
         self._is_open = True
         return True
+
+    def _expected_steps(self) -> int:
+        """Steps that the requests seen so far will need, 0 where that is unknown."""
+        steps = self.requests.longest_answer()
+        if self._decode_steps != ALL_STEPS:
+            steps = min(steps, 1 + self._decode_steps)
+        wanted = self.recorder.config.step
+        return min(steps, len(wanted)) if wanted else steps
 
     def _close(self) -> None:
         if not self._is_open:

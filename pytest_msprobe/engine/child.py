@@ -34,6 +34,7 @@ class Job:
         folder: Where the capture goes.
         decode_steps: Decode steps behind the prefill to record.
         test: Node id of the test.
+        follow: Prompt hash and tokens of each request of a capture that is followed.
     """
 
     arguments: dict[str, Any]
@@ -43,6 +44,7 @@ class Job:
     folder: str
     decode_steps: int
     test: str
+    follow: tuple[tuple[str, list[int]], ...] = ()
 
 
 def record_in_child(
@@ -130,7 +132,12 @@ def _run(job: Job) -> list[str]:
         from vllm import SamplingParams
 
         config: DebuggerConfig = config_from_json(job.config)
-        start = start_capture(config, Path(job.folder), decode_steps=job.decode_steps)
+        start = start_capture(
+            config,
+            Path(job.folder),
+            decode_steps=job.decode_steps,
+            follow=job.follow,
+        )
         converse(llm, start)
         llm.generate(job.prompts, SamplingParams(**job.sampling), use_tqdm=False)
         replies = converse(llm, stop_capture(job.test))

@@ -9,7 +9,7 @@ calls to make and is sent their replies.
 import inspect
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,20 @@ def check_attached() -> Conversation:
 
 
 def start_capture(
-    config: DebuggerConfig, folder: Path, *, decode_steps: int
+    config: DebuggerConfig,
+    folder: Path,
+    *,
+    decode_steps: int,
+    follow: Sequence[tuple[str, list[int]]] = (),
 ) -> Conversation:
     """Starts a capture on every rank.
+
+    Args:
+        config: What to record.
+        folder: Where the files go.
+        decode_steps: Decode steps behind the prefill to record.
+        follow: Prompt hash and tokens of each request of another capture, by label,
+            which are fed back in place of what is sampled.
 
     Raises:
         CaptureError: A rank could not start, or no rank is selected.
@@ -118,6 +129,7 @@ def start_capture(
             folder=str(folder.resolve()),
             decode_steps=decode_steps,
             client=os.getpid(),
+            **({"follow": list(follow)} if follow else {}),
         )
     except CaptureError:
         # Ranks that did start must not go on recording.

@@ -13,6 +13,7 @@ import sys
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pytest_msprobe.compat import has_module, missing_message, version_of, vllm_version
@@ -23,6 +24,7 @@ from pytest_msprobe.engine.preflight import (
     environment_problems,
 )
 
+_OVERRIDES = "vllm.env_override"
 # From this version on vLLM takes model runner V2 where it can.
 _FIRST_V2 = (0, 25)
 
@@ -119,7 +121,10 @@ def _attention(device: str) -> str:
 
 
 def main() -> int:
-    """Prints the report as JSON."""
+    """Prints the report as JSON; for a process of its own, in which no engine runs."""
+    # What vLLM changes in torch's compiler takes most of its import's time, and tells
+    # nothing here.
+    sys.modules.setdefault(_OVERRIDES, ModuleType(_OVERRIDES))
     warnings.simplefilter("ignore")
     # What vLLM prints while it looks around is no part of the report.
     with contextlib.redirect_stdout(sys.stderr):

@@ -130,6 +130,19 @@ def _reading(
     return hook
 
 
+def block_sides(layer: Any) -> list[torch.Tensor]:
+    """Keys and values of a layer's cache by block, as they lie in memory.
+
+    Raises:
+        EngineError: The layout is not known, or it has no cache.
+    """
+    cache = getattr(layer, "kv_cache", None)
+    if not isinstance(cache, torch.Tensor) or not cache.numel():
+        raise EngineError("the layer has no KV cache", slug="kv-cache")
+    sides, _ = _sides(cache, layer.attn_backend.get_name(), layer)
+    return sides
+
+
 def _slots(layer: Any) -> torch.Tensor:
     """The slot that each token of this step is written to."""
     from vllm.forward_context import get_forward_context

@@ -34,8 +34,8 @@ SHUTDOWN_SECONDS = 10
 # Processes and shared memory of engines, by the engine's id.
 _LEFT: dict[int, tuple[list["psutil.Process"], set[Path]]] = {}
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
-# What vLLM's processes name theirs.
-_SHARED_PREFIXES = ("vllm_", "psm_")
+# What vLLM's processes name theirs; the last is of tensor parallelism on the CPU.
+_SHARED_NAMES = re.compile(r"(vllm|psm)_|.*-cpushm_\d+$")
 # What pydantic adds to the reason that vLLM gave.
 _PYDANTIC_LINK = "For further information"
 _PYDANTIC_TAIL = re.compile(r" \[type=\w+, input_value=.*\]$")
@@ -181,11 +181,7 @@ def shared_memory() -> set[Path]:
     """Shared memory of this machine that may be vLLM's."""
     if not _SHARED_MEMORY.is_dir():
         return set()
-    return {
-        path
-        for path in _SHARED_MEMORY.iterdir()
-        if path.name.startswith(_SHARED_PREFIXES)
-    }
+    return {path for path in _SHARED_MEMORY.iterdir() if _SHARED_NAMES.match(path.name)}
 
 
 def free_memory(memory: set[Path]) -> None:

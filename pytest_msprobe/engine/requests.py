@@ -45,12 +45,14 @@ class KnownRequest:
         prompt_tokens: Length of the prompt.
         sha256: Hash of the prompt.
         prompt: Token ids of the prompt, empty where they are not known.
+        most_tokens: Tokens that may be generated, 0 where that is not known.
     """
 
     label: int
     prompt_tokens: int
     sha256: str
     prompt: tuple[int, ...] = ()
+    most_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -84,8 +86,10 @@ class RequestTable:
                 embeds = getattr(new, "prompt_embeds", None)
                 length = len(prompt) if prompt is not None else len(embeds or ())
                 ids = tuple(prompt or ())
+                sampling = getattr(new, "sampling_params", None)
+                most = int(getattr(sampling, "max_tokens", None) or 0)
                 self.known[new.req_id] = KnownRequest(
-                    len(self.known), length, prompt_hash(ids), ids
+                    len(self.known), length, prompt_hash(ids), ids, most
                 )
         cached = scheduler_output.scheduled_cached_reqs
         for name, computed in zip(
@@ -96,6 +100,10 @@ class RequestTable:
             self.known.setdefault(
                 name, KnownRequest(len(self.known), int(computed), "")
             )
+
+    def longest_answer(self) -> int:
+        """Most tokens that a request of this capture may generate, 0 if unknown."""
+        return max((request.most_tokens for request in self.known.values()), default=0)
 
     def decode_steps_behind(self) -> int:
         """Fewest decode steps behind its prefill of any request in the open step."""

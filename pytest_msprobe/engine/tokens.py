@@ -24,25 +24,36 @@ class _Step:
 
     samples: tuple[SampleRow, ...]
     ids: torch.Tensor
+    own: torch.Tensor
     chosen: torch.Tensor
     top_ids: torch.Tensor
     top_values: torch.Tensor
 
 
+# Hash of the prompt and tokens of each request of a capture, by label.
+Followed = list[tuple[str, list[int]]]
+
+
 @dataclass(slots=True)
 class TokenLog:
-    """Tokens of all requests of a capture."""
+    """Tokens of all requests of a capture.
 
+    Attributes:
+        followed: Requests whose tokens are fed back in place of those sampled.
+    """
+
+    followed: Followed = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
     _requests: dict[int, Request] = field(default_factory=dict)
     _rows: torch.Tensor | None = None
     _top: Any = None
     _samples: tuple[SampleRow, ...] = ()
     _sampled: torch.Tensor | None = None
+    _own: torch.Tensor | None = None
 
     def begin_step(self) -> None:
         """Forgets what an unfinished step left."""
-        self._rows = self._top = self._sampled = None
+        self._rows = self._top = self._sampled = self._own = None
         self._samples = ()
 
     def note_logits(self, logits: Any, layout: StepLayout | None) -> None:
@@ -62,25 +73,55 @@ class TokenLog:
         self._top = torch.topk(self._rows, min(TOP, self._rows.shape[1]), dim=-1)
         self._samples = layout.samples
 
-    def note_sampled(self, ids: Any) -> None:
-        """Keeps sampled ids, (samples, tokens a sample)."""
+    def note_sampled(self, ids: Any, table: RequestTable) -> None:
+        """Keeps sampled ids, and replaces them by those of a capture to be followed.
+
+        Args:
+            ids: (samples, tokens a sample), integers.
+            table: Requests of this capture.
+        """
         if isinstance(ids, torch.Tensor):
+            self._own = ids.detach().clone()
+            if self.followed:
+                self._feed(ids, table)
             self._sampled = ids.detach().clone()
+
+    def _feed(self, ids: torch.Tensor, table: RequestTable) -> None:
+        """Writes the followed tokens over the sampled ones, in place."""
+        if len(ids) != len(self._samples):
+            return
+        known = {item.label: item.sha256 for item in table.known.values()}
+        rows, tokens = [], []
+        for row, sample in enumerate(self._samples):
+            number = sample.position - (sample.prompt_tokens - 1)
+            if not sample.is_defined or sample.label >= len(self.followed):
+                continue
+            sha256, theirs = self.followed[sample.label]
+            if sha256 == known[sample.label] and 0 <= number < len(theirs):
+                rows.append(row)
+                tokens.append(theirs[number])
+        if rows:
+            values = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+            ids.view(len(ids), -1)[torch.tensor(rows, device=ids.device), 0] = values
 
     def end_step(self) -> None:
         """Keeps the step's tokens, on their device until they are asked for."""
         if self._rows is None or self._sampled is None:
             return
         ids = self._sampled.reshape(len(self._sampled), -1)[:, :1].to(torch.int64)
+        own = ids
+        if self._own is not None:
+            own = self._own.reshape(len(self._own), -1)[:, :1].to(torch.int64)
         if len(ids) != len(self._samples):
             return
         chosen = self._rows.gather(1, ids.to(self._rows.device))
         self._steps.append(
-            _Step(self._samples, ids, chosen, self._top.indices, self._top.values)
+            _Step(self._samples, ids, own, chosen, self._top.indices, self._top.values)
         )
 
     def _add(self, step: _Step, known: dict[int, KnownRequest]) -> None:
         ids, chosen = step.ids.reshape(-1).tolist(), step.chosen.reshape(-1).tolist()
+        own = step.own.reshape(-1).tolist()
         top_ids, top_values = step.top_ids.tolist(), step.top_values.tolist()
         for row, sample in enumerate(step.samples):
             if not sample.is_defined:
@@ -89,6 +130,7 @@ class TokenLog:
                 sample.label, _empty_request(known[sample.label])
             )
             request.tokens.append(int(ids[row]))
+            request.own.append(int(own[row]))
             request.logprobs.append(_portable(chosen[row]))
             pairs = zip(top_ids[row], map(_portable, top_values[row]), strict=True)
             request.top.append([(int(i), v) for i, v in pairs])
@@ -99,6 +141,9 @@ class TokenLog:
         for step in self._steps:
             self._add(step, known)
         self._steps.clear()
+        for request in self._requests.values():
+            if request.own == request.tokens:
+                request.own = []
         return [
             self._requests.get(label) or _empty_request(known[label])
             for label in sorted(known)

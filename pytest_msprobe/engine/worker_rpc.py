@@ -24,6 +24,7 @@ from pytest_msprobe.dump import capture
 from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
 from pytest_msprobe.engine.faults import PROGRESS
+from pytest_msprobe.engine.plants import Planter
 from pytest_msprobe.engine.runners import attachment_for, runner_version
 from pytest_msprobe.engine.weights import weight_fingerprints
 from pytest_msprobe.errors import CaptureError, MsprobeError
@@ -42,13 +43,17 @@ class WorkerControl:
         self._attachment: Attachment | None = None
         self._folder: Path | None = None
         self._weights: dict[str, dict[str, str]] | None = None
+        self._planter = Planter(
+            lambda: self._worker.model_runner.get_model(),  # noqa: PLW0108 - loaded later
+            lambda: self._attachment is None,
+        )
 
     def control(self, payload: str) -> dict[str, Any]:
         """Carries out one action; the reply always has the key `ok`.
 
         Args:
-            payload: JSON with `action` (start, stop, abandon, status) and its
-                arguments.
+            payload: JSON with `action` (start, stop, abandon, status; of the doctor
+                survey, plant, unplant) and its arguments.
         """
         try:
             request = json.loads(payload)
@@ -57,6 +62,9 @@ class WorkerControl:
                 "stop": self._stop,
                 "abandon": self._abandon,
                 "status": self._status,
+                "survey": self._planter.survey,
+                "plant": self._planter.plant,
+                "unplant": self._planter.unplant,
             }
             action = actions[request.pop("action")]
             return {"ok": True, **action(**request)}
@@ -76,6 +84,7 @@ class WorkerControl:
             "pid": os.getpid(),
             "runner": type(runner).__name__,
             "runner_version": runner_version(runner),
+            "key": numerics_key(torch.device(runner.device).type),
             "capturing": attachment is not None,
             "steps": attachment.recorded_steps if attachment else 0,
         }
@@ -86,6 +95,7 @@ class WorkerControl:
         folder: str,
         decode_steps: int = ALL_STEPS,
         client: int | None = None,
+        follow: list[tuple[str, list[int]]] | None = None,
     ) -> dict[str, Any]:
         """Starts a capture.
 
@@ -95,6 +105,8 @@ class WorkerControl:
             decode_steps: Decode steps behind the prefill to record.
             client: Number of the test's process. Where that is another one, each
                 step is written at once, so that it outlives this process.
+            follow: Prompt hash and tokens of each request of another capture, by
+                label, which are fed back in place of what is sampled.
         """
         if self._attachment is not None:
             message = "a capture is already running on this engine"
@@ -120,8 +132,10 @@ class WorkerControl:
         attachment = attachment_for(
             self._worker.model_runner, recorder, decode_steps=decode_steps
         )
+        attachment.tokens.followed = list(follow or ())
+        attachment.has_end = True
         try:
-            attachment.install()
+            attachment.install(has_choices=debugger_config.has_modules)
         except BaseException:
             attachment.remove()
             recorder.abandon()
@@ -175,6 +189,8 @@ class WorkerControl:
         )
         made_by = provenance(runner, device)
         made_by["statistics"] = sorted(recorder.backend_reasons().values())
+        if attachment.tokens.followed:
+            made_by[capture.FORCED] = True
         parallel = runner.vllm_config.parallel_config
         if self._weights is None:  # of the checkpoint, which does not change
             self._weights = weight_fingerprints(runner) if rank == 0 else {}

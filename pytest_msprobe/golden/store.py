@@ -13,6 +13,7 @@ from filelock import FileLock
 from msgspec import structs
 
 from pytest_msprobe.dump.capture import (
+    FORCED,
     FORMAT,
     CallLine,
     CaptureFile,
@@ -102,8 +103,15 @@ def golden_bytes(capture: CaptureFile, test: str, variant: str) -> bytes:
         capture: The capture.
         test: Node id of the test.
         variant: Name of the variant.
+
+    Raises:
+        GoldenError: Another capture's tokens were fed to it.
     """
     header = capture.header
+    if header.provenance.get(FORCED):
+        message = f"{test}: {FORCED}: this capture was fed the golden's tokens"
+        hint = "run the test with --msprobe-update, which records its own"
+        raise GoldenError(message, slug="teacher-forcing", hint=hint)
     fields = {name: getattr(header, name) for name in header.__struct_fields__}
     requests = [structs.replace(item, prompt=[]) for item in header.requests]
     fields.update(msprobe=FORMAT, kind="golden", test=test, variant=variant)

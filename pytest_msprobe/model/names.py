@@ -12,6 +12,8 @@ from typing import Literal
 
 Direction = Literal["forward", "backward"]
 MODULE_PREFIX = "Module"
+# Class of the modules that tell which experts a router chose.
+CHOICE_CLASS = "ExpertChoice"
 
 _MODULE = re.compile(
     r"(?P<prefix>Module|Cell)\.(?P<path>.+)\.(?P<direction>forward|backward)\.(?P<number>\d+)"

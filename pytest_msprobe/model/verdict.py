@@ -80,6 +80,7 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
         call: Name of the call; empty for the model itself.
         module: Path of the module, or of the module around an API.
         between: Child whose input already differed, if the call's own code is guilty.
+        handed_to: Call that was given its output, if its own rows are not judged.
         finding: The row that shows it.
         parameter: The first parameter that differs, for weights.
         input_error: Largest relative L2 error of the call's inputs; infinity as text.
@@ -94,6 +95,7 @@ class Divergence(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     parameter: str = ""
     input_error: float | str = 0.0
     output_error: float | str = 0.0
+    handed_to: str = ""
 
 
 class StructureChange(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -205,6 +207,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
         would_pass: Entry of `tolerances: rules:` with which it would pass, empty where
             no tolerance could let it.
         noisy: Rows whose limit is raised by the golden's noise.
+        rerouted: Rows not judged because a router of a mixture chose other experts.
     """
 
     test: str
@@ -236,6 +239,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True):
     noisy: int = 0
     inherited: int = 0
     structure: list[StructureChange] = []
+    rerouted: int = 0
 
     @property
     def is_green(self) -> bool:

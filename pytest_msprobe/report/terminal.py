@@ -46,7 +46,11 @@ def summary_line(verdict: Verdict) -> str:
 
 def describe_divergence(divergence: Divergence) -> str:
     """Where the candidate first computed something else, module first."""
-    place = divergence.module or "the model's inputs"
+    place = divergence.module or (
+        "the model's inputs"
+        if divergence.kind == "inputs"
+        else "the code around the modules"
+    )
     finding = divergence.finding
     shown = f" ({describe_finding(finding)})" if finding is not None else ""
     if divergence.kind == "weights":
@@ -60,6 +64,11 @@ def describe_divergence(divergence: Divergence) -> str:
     if divergence.between:
         child = display_name(divergence.between)
         return f"{place}: its own code changed the input of {child}{shown}"
+    if divergence.handed_to:
+        child = display_name(divergence.handed_to)
+        return (
+            f"{place}: gave {child} something else; its own rows are not judged{shown}"
+        )
     call = display_name(divergence.call)
     operator = "" if call == place else f" in {call}"
     return f"{place}: first to compute something else{operator}{shown}"
@@ -150,6 +159,8 @@ def _counts(verdict: Verdict) -> str:
         text += f", {verdict.extra} new"
     if verdict.unjudged:
         text += f", {verdict.unjudged} behind a flipped token"
+    if verdict.rerouted:
+        text += f", {verdict.rerouted} behind other experts"
     for reason, count in sorted(verdict.left_out.items()):
         text += f", {count} {reason}"
     return text

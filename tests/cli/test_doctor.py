@@ -2,14 +2,22 @@
 """`pytest-msprobe doctor --env`."""
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from pytest_msprobe.compat import has_module
 from pytest_msprobe.engine.doctor import runner_choice
-from pytest_msprobe.engine.preflight import environment_problems, is_eager
+from pytest_msprobe.engine.preflight import (
+    check_folder,
+    environment_problems,
+    is_eager,
+)
+from pytest_msprobe.errors import CaptureError
 
 pytestmark = pytest.mark.skipif(not has_module("vllm"), reason="vLLM is not installed")
 
@@ -40,6 +48,29 @@ def test_a_healthy_environment():
         assert facts[name].strip(), name
     assert facts["model runner"].strip().startswith(("V1: ", "V2: "))
     assert text.rstrip().endswith("captures can be made here")
+
+
+def test_the_report_is_quick():
+    """It takes less than ten seconds of a processor, and no compiler is imported."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    program = """
+import sys
+from pytest_msprobe.engine.doctor import main
+main()
+print("torch._inductor" in sys.modules, "vllm.v1.engine" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
 
 
 def test_what_will_not_run_is_named():
@@ -84,6 +115,14 @@ def test_problems_of_the_cpu(monkeypatch):
     slugs = [p.slug for p in environment_problems(device="cpu", has_triton=False)]
     assert slugs == ["batch-invariant", "no-triton"]
     assert environment_problems(device="cuda", has_triton=True) == []
+
+
+def test_a_disk_that_is_nearly_full_is_found_before_a_capture(tmp_path, monkeypatch):
+    """With little free space a capture is refused with the folder and the number."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+
+    with pytest.raises(CaptureError, match=r"dump: 4096 bytes free, at least \d+ are"):
+        check_folder(tmp_path / "dump")
 
 
 class Config:

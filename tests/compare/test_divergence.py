@@ -3,18 +3,21 @@
 
 import captures
 import numpy as np
+import pytest
 from captures import Network
 
 from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.model.limits import Rule
 from pytest_msprobe.model.names import display_name
+from pytest_msprobe.report.terminal import describe_divergence
 
 NETWORK = Network()
 GENERATOR = np.random.default_rng(5)
 
 
-def verdict_of(golden, candidate):
+def verdict_of(golden, candidate, *rules):
     """The verdict on a candidate."""
-    return judge(golden, candidate).verdict
+    return judge(golden, candidate, rules).verdict
 
 
 def test_worst_rows_are_shown_first():
@@ -128,3 +131,71 @@ def test_new_and_fused_modules_are_reported():
         ("l.up_proj", "l.gate_up_proj"),
         ("", "l.monitor"),
     ]
+
+
+@pytest.mark.parametrize("faulty", ["a", "b.x"])
+def test_fault_in_a_renamed_module_is_its_own(faulty):
+    """A module without a partner that gives something else is named, not its parent."""
+    leaf = faulty.rpartition(".")[2]
+    other = faulty[: -len(leaf)] + "renamed"
+    candidate = renamed(NETWORK.run(after=faulty), f"{faulty}.M", f"{other}.M")
+
+    divergence = verdict_of(NETWORK.run(), candidate).divergence
+
+    assert (divergence.kind, divergence.module) == ("origin", other)
+    assert divergence.handed_to
+    assert describe_divergence(divergence).startswith(f"{other}: gave ")
+
+
+@pytest.mark.parametrize("faulty", ["a", "b.x"])
+def test_fault_in_an_ignored_module_is_its_own(faulty):
+    """A module whose rows are ignored is named where what it gave fails elsewhere."""
+    rule = Rule("r", rows=f"Module.{faulty}.M.*", ignore=True)
+
+    divergence = verdict_of(NETWORK.run(), NETWORK.run(after=faulty), rule).divergence
+
+    assert (divergence.module, bool(divergence.handed_to)) == (faulty, True)
+
+
+@pytest.mark.parametrize("inside", ["b", "model"])
+def test_parents_are_named_beside_renamed_modules(inside):
+    """A parent that changes what its child gave is named, renamed or not."""
+    first = {"b": "b.x", "model": "a"}[inside]
+    candidate = renamed(NETWORK.run(inside=inside), f"{first}.M", f"{first}2.M")
+
+    divergence = verdict_of(NETWORK.run(), candidate).divergence
+
+    assert (divergence.module, divergence.handed_to) == (inside, "")
+
+
+def test_code_around_the_modules_is_named():
+    """What changed between two modules without a parent is no input of the model."""
+    x = GENERATOR.standard_normal((4, 32))
+
+    def around(factor):
+        calls = [
+            (captures.module("model"), 0, {"input_args.0": x}, {"output.0": -x}),
+            (captures.module("head"), 0, {"input_args.0": -x * factor},
+             {"output.0": x * factor}),
+        ]  # fmt: skip
+        return captures.capture(calls)
+
+    divergence = verdict_of(around(1.0), around(1.1)).divergence
+
+    assert (divergence.kind, divergence.between) == ("origin", captures.module("head"))
+    text = describe_divergence(divergence)
+    assert text.startswith(
+        "the code around the modules: its own code changed the input"
+    )
+
+
+def test_other_weights_are_said_also_where_nothing_fails():
+    """Fingerprints that differ are noted in a verdict that is green."""
+    golden = NETWORK.run(weights={"a": {"a.weight": "1", "a.bias": "1"}, "c": {}})
+    candidate = NETWORK.run(weights={"a": {"a.weight": "2", "a.bias": "3"}, "c": {}})
+
+    verdict = verdict_of(golden, candidate)
+
+    assert verdict.status == "changed"
+    (note,) = verdict.notes
+    assert note.startswith("2 weights differ from the golden's, the first is a.bias")

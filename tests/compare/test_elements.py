@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saved tensors are compared element by element."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_msprobe.compare.elements import compare_tensors
-from pytest_msprobe.dump.pt import SavedTensor
+from pytest_msprobe.dump.pt import SavedTensor, read_tensor
 
 
 def bits_of(values, dtype):
@@ -110,3 +111,23 @@ def test_every_half_is_read_exactly():
         wide = finite[part].astype(np.float64)
         assert errors.largest == np.abs(wide).max()
         assert errors.squared == pytest.approx((wide**2).sum(), rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path):
+    """Files are mapped and compared in pieces: 64 MiB of them take a few MiB."""
+    torch = pytest.importorskip("torch")
+    sides = [torch.zeros(4096, 4096, dtype=torch.bfloat16) for _ in range(2)]
+    sides[1][4000, 17] = 1.0
+    paths = [tmp_path / f"{number}.pt" for number in range(2)]
+    for side, path in zip(sides, paths, strict=True):
+        torch.save(side, path)
+    del sides
+
+    tracemalloc.start()
+    with ThreadPoolExecutor(2) as pool:
+        errors = compare_tensors(*map(read_tensor, paths), pool)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert errors.worst == [4000, 17]
+    assert peak < 8 << 20

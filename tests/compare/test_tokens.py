@@ -176,3 +176,45 @@ def test_the_worst_difference_is_that_against_its_limit():
     assert found.at == (0, 0)
     assert found.largest == pytest.approx(0.02)
     assert found.allowed == 0.01
+
+
+@pytest.mark.parametrize("is_golden", [True, False])
+def test_log_probabilities_that_are_no_numbers_are_never_equal_to_numbers(is_golden):
+    """Logits of NaN sample any token and have any best ones: the difference is inf."""
+    clean = request((5,), (-0.1,))
+    broken = request((0,), (math.nan,))
+    broken.top = [[(token, math.nan) for token in range(3)]]
+    sides = (broken, clean) if is_golden else (clean, broken)
+
+    found = compare_tokens(*([side] for side in sides), 0.01)
+
+    assert found.largest == "inf"
+    assert found.flipped == (0, 0)
+
+
+def forced(own, top):
+    """A request that was fed the golden's tokens (5, 6) and would sample others."""
+    made = request((5, 6), (-0.1, -0.2), own=list(own))
+    made.top[1] = top
+    return made
+
+
+def test_what_a_forced_request_would_have_sampled_is_a_flip():
+    """Fed the golden's tokens all are compared; its own other one is shown."""
+    near = forced((5, 9), [(9, -0.19), (6, -0.2)])
+    golden = request((5, 6), (-0.1, -0.2))
+    golden.top[1] = [(6, -0.2), (9, -0.195)]
+
+    found = difference(golden, near)
+
+    assert (found.compared, found.flipped) == (2, (0, 1))
+    assert (found.golden_token, found.token) == (6, 9)
+    assert found.largest == pytest.approx(0.005)
+    assert positions_behind_flips([golden], [near]) == {}
+
+
+def test_the_own_token_of_a_forced_request_counts_as_well():
+    """Its log-probability may not have moved by more than is allowed either."""
+    far = forced((5, 9), [(9, -0.1), (6, -0.2)])
+
+    assert difference(request((5, 6), (-0.1, -0.2)), far).largest == pytest.approx(3.1)

@@ -36,7 +36,7 @@ def test_yaml_sections(tmp_path):
             "engine: {model: model, max_model_len: 99, env: {OMP_NUM_THREADS: 1}}\n"
             "tolerances:\n  same: {rel_l2: 1e-2}\n  rules:\n"
             "    - {rows: '*mlp*', max: 0.5, mode: cross}\n"
-            "golden: {dir: g, decode_steps: all}\n",
+            "golden: {dir: g, decode_steps: all, teacher_forcing: true}\n",
         )
     )
 
@@ -48,6 +48,7 @@ def test_yaml_sections(tmp_path):
     assert settings.rules[1].mode == "cross"
     assert settings.golden.directory == tmp_path / "g"
     assert settings.golden.decode_steps == -1
+    assert settings.golden.is_teacher_forced
 
 
 PYPROJECT = """
@@ -203,6 +204,7 @@ BAD = [
     ("golden: {dir: ''}", 1, "golden.dir"),
     ("golden: {decode_steps: -1}", 1, "decode_steps"),
     ("golden: {decode_steps: true}", 1, "decode_steps"),
+    ("golden: {teacher_forcing: 1}", 1, "teacher_forcing"),
     ("golden: {decode_steps: 1.5}", 1, "decode_steps"),
     ("golden: {size_warning_bytes: 0}", 1, "size_warning_bytes"),
     ("golden: {where: x}", 1, "unknown key"),

@@ -3,8 +3,8 @@
 
     pytest tests/cuda -p no:cacheprovider
 
-needs one GPU, and two for tensor parallelism. The log of the last run is in
-tests/cuda/log-*.txt.
+needs one GPU, and two for tests/cuda/test_cuda_parallel.py. The log of the last run is
+in tests/cuda/log-*.txt.
 """
 
 import os
@@ -17,11 +17,6 @@ torch = pytest.importorskip("torch", reason="torch missing")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 
-from pytest_msprobe.compare.ranks import (  # noqa: E402
-    combine_ranks,
-    find_disagreement,
-    without_sharded,
-)
 from pytest_msprobe.engine.client import ask_workers, converse  # noqa: E402
 
 ARGUMENTS = {"gpu_memory_utilization": 0.1}
@@ -215,22 +210,3 @@ def test_a_batch_in_v2s_own_order(captures, llm, demo_model, tmp_path):
     assert next(r.tokens for r in together.header.requests) == (
         alone.header.requests[0].tokens
     )
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here")
-def test_two_gpus(captures, demo_model, tmp_path):
-    """TP=2 over NCCL: copies agree, and shards add up to the rows of one GPU."""
-    with engines.started(
-        demo_model,
-        variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        tensor_parallel_size=2,
-        **ARGUMENTS,
-    ) as parallel:
-        ranks = engines.capture_ranks(parallel, tmp_path)
-
-    assert find_disagreement(ranks) is None
-    golden, candidate = without_sharded(
-        combine_ranks([captures["L0"]]), combine_ranks(ranks)
-    )
-    verdict = tools.verdict_of(golden, candidate, mode="cross")
-    assert verdict.is_green, verdict

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rest of msProbe's API: save, own functions, single modules, orders of calls."""
 
+import contextlib
+import copy
+import inspect
+import io
 import json
+import os
+import threading
 import types
+import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from toy import InPlace, Model
 
 import pytest_msprobe
@@ -26,6 +34,13 @@ def made(folder, **config):
     path = folder / "config.json"
     path.write_text(json.dumps({"dump_path": str(folder / "dump"), **config}))
     return PrecisionDebugger(config_path=str(path))
+
+
+def in_a_thread(function):
+    """Calls a function in a thread of its own."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
 
 
 def read(folder, step=0, name="dump.json"):
@@ -147,6 +162,39 @@ def test_a_restored_function_is_the_original(tmp_path):
 
     assert module.twice is original
     assert names(tmp_path) == ["mine.twice.0.forward"]
+
+
+def test_functions_of_one_name_are_numbered_together(tmp_path):
+    """No call takes the name of another one, whoever registered the function."""
+    debugger = made(tmp_path, level="L1")
+    module, other = own_module(), own_module()
+    debugger.register_custom_api(module, "twice", "Torch")
+    debugger.register_custom_api(other, "twice", "Torch")
+    debugger.start()
+    module.twice(torch.ones(2))
+    other.twice(torch.ones(2))
+    debugger.restore_custom_api(module, "twice")
+    debugger.register_custom_api(module, "twice", "Torch")
+    module.twice(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == [f"Torch.twice.{number}.forward" for number in range(3)]
+
+
+def test_a_registered_function_may_have_the_name_of_an_api(tmp_path):
+    """Its calls are numbered together with those of the API."""
+    debugger = made(tmp_path, level="L1")
+    module = own_module()
+    module.exp = lambda x: x + 1
+    debugger.register_custom_api(module, "exp", "Torch")
+    debugger.start()
+    torch.exp(torch.ones(1))
+    module.exp(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
 
 
 def test_reset_restores_registered_functions(tmp_path):
@@ -272,6 +320,103 @@ def test_a_model_that_a_second_start_brings_is_recorded(tmp_path):
     assert names(tmp_path) == ["Module.0.Tanh.forward.0"]
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_new_list_of_the_same_models_changes_nothing(tmp_path, kind):
+    """Models given in another list, or alone, at the next step have one record each."""
+    first, second = Model(), Model()
+    debugger = made(tmp_path, level="L0")
+    for model in (kind([first, second]), kind([first, second]), first, [second]):
+        debugger.start(model=model)
+        first(torch.arange(3))
+        second(torch.arange(3))
+        debugger.stop()
+        debugger.step()
+
+    assert len(names(tmp_path, 0)) == 20
+    for step in (1, 2, 3):
+        assert names(tmp_path, step) == names(tmp_path, 0)
+
+
+def test_a_model_that_joins_a_list_is_recorded(tmp_path):
+    """A list that has grown since the last start is looked at anew."""
+    first, second = Model(), torch.nn.Sequential(torch.nn.Tanh())
+    models = [first]
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=models)
+    models.append(second)
+    debugger.start(model=models)
+    second(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Module.1.0.Tanh.forward.0"]
+
+
+def test_a_part_of_a_model_given_before_is_recorded_once(tmp_path):
+    """Modules keep the name that the first start gave them; others join them."""
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Tanh()), torch.nn.ReLU())
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=model[0])
+    debugger.start(model=model, token_range=[0, 0])
+    model(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == [
+        "Module.0.Tanh.forward.0",
+        "Module.0.Sequential.forward.0",
+        "Module.1.ReLU.forward.0",
+    ]
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+@pytest.mark.parametrize(
+    "model",
+    [3, "model", {}, [None], (Model(), 3), Model, torch.ones(2)],
+    ids=["int", "str", "dict", "none", "pair", "class", "tensor"],
+)
+def test_what_is_no_model_is_refused(tmp_path, level, model):
+    """A model is a module, or a list or tuple of modules; the message says so."""
+    debugger = made(tmp_path, level=level)
+
+    with pytest.raises(ConfigError, match="expected a module, or a list or tuple"):
+        debugger.start(model=model)
+
+
+def test_an_empty_list_is_no_model(tmp_path):
+    """A level with modules needs at least one."""
+    with pytest.raises(CaptureError, match="no model was given"):
+        made(tmp_path, level="L0").start(model=[])
+
+
+def scripted():
+    """A module in TorchScript."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        return torch.jit.script(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_parts_in_torchscript_are_left_out(tmp_path, level):
+    """A scripted module inside a model has no record, the others have."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), scripted(), torch.nn.Tanh())
+    debugger = made(tmp_path, level=level)
+    debugger.start(model=model)
+    model(torch.ones(1, 2))
+    debugger.stop()
+    debugger.step()
+
+    assert debugger.error is None
+    modules = [name for name in names(tmp_path) if name.startswith("Module")]
+    assert modules == ["Module.0.Linear.forward.0", "Module.2.Tanh.forward.0"]
+
+
+def test_a_model_in_torchscript_is_refused(tmp_path):
+    """Nothing could be recorded of it."""
+    with pytest.raises(ConfigError, match="TorchScript"):
+        made(tmp_path, level="L0").start(model=scripted())
+
+
 def test_no_request_of_that_name(tmp_path, caplog):
     """A batch without the configured request records nothing and says so."""
     debugger = made(tmp_path, level="L1", statistics={"request_id": "a"})
@@ -293,7 +438,28 @@ def test_bad_scheduled_tokens_are_refused(tmp_path, scheduled):
         debugger.start(scheduled_tokens=scheduled)
 
 
+def test_set_init_step_begins_another_step(tmp_path):
+    """What was recorded before has the old number, what comes behind the new one."""
+    debugger = made(tmp_path, level="L1")
+    debugger.start()
+    torch.exp(torch.ones(1))
+    debugger.set_init_step(7)
+    torch.sin(torch.ones(1))
+    debugger.step()
+    torch.cos(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    for step, name in ((0, "exp"), (7, "sin"), (8, "cos")):
+        assert names(tmp_path, step) == [f"Torch.{name}.0.forward"]
+
+
 ORDERS = [
+    ("start stop init:5 start stop step", 2),
+    ("start init:5 stop step start stop step", 2),
+    ("start init:0 stop step", 1),
+    ("start init:5 step stop", 1),
+    ("init:5 start", 1),
     ("start stop step", 1),
     ("start step stop", 1),
     ("start start stop stop step", 1),
@@ -309,7 +475,11 @@ ORDERS = [
 def test_any_order_of_calls_loses_nothing(tmp_path, order, rows):
     """Whatever the order, what ran behind a start is in the dump."""
     debugger = made(tmp_path, level="L1")
-    for call in order.split():
+    for word in order.split():
+        call, _, number = word.partition(":")
+        if number:
+            debugger.set_init_step(int(number))
+            continue
         getattr(debugger, call)()
         if call == "start" and not order.startswith("start start"):
             torch.exp(torch.ones(1))
@@ -325,3 +495,248 @@ def test_any_order_of_calls_loses_nothing(tmp_path, order, rows):
         for name in json.loads(path.read_text())["data"]
     ]
     assert len(found) == rows
+
+
+def test_one_start_lasts_over_the_steps_that_are_left_out(tmp_path):
+    """Recording that was never stopped goes on at every step that is wanted."""
+    debugger = made(tmp_path, level="L1", step=[1, 3])
+    debugger.start()
+    for _ in range(5):
+        torch.exp(torch.ones(1))
+        debugger.step()
+
+    folders = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert folders == ["step1", "step3"]
+    assert names(tmp_path, 3) == ["Torch.exp.0.forward"]
+
+
+def test_a_stop_at_a_step_that_is_left_out_counts(tmp_path):
+    """After stop nothing is recorded until the next start, whatever the step."""
+    debugger = made(tmp_path, level="L1", step=[1])
+    debugger.start()
+    debugger.stop()
+    debugger.step()
+    torch.exp(torch.ones(1))
+    debugger.step()
+
+    assert not (tmp_path / "dump").exists()
+
+
+class Passing(TorchFunctionMode):
+    """A mode of the user's own, which counts what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        del types
+        self.count += func is torch.exp
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_the_user_may_begin_and_end_anywhere(tmp_path):
+    """Start and stop need not nest with function modes; each stays on as meant."""
+    debugger = made(tmp_path, level="L1")
+    x, mode = torch.ones(1), Passing()
+    with mode:
+        debugger.start()
+        torch.exp(x)
+    torch.exp(x)
+    with mode:
+        torch.exp(x)
+        assert (1 + x).item() == 2
+        debugger.stop()
+        torch.exp(x)
+    torch.exp(x)
+    debugger.step()
+
+    assert names(tmp_path) == [
+        *(f"Torch.exp.{number}.forward" for number in range(3)),
+        "Tensor.__radd__.0.forward",
+    ]
+    assert mode.count == 3
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_stop_may_be_called_in_another_thread(tmp_path):
+    """It stops the recording; a later start records every call once."""
+    debugger = made(tmp_path, level="L1")
+    x = torch.ones(1)
+    for _ in range(2):
+        debugger.start()
+        torch.exp(x)
+        in_a_thread(debugger.stop)
+        torch.sin(x)
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
+
+
+@contextlib.contextmanager
+def default_device():
+    """The device meta for what is made inside, by another means."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("place", [lambda: torch.device("meta"), default_device])
+def test_a_default_device_may_begin_and_end_anywhere(tmp_path, place):
+    """Torch's own modes for devices are on as long as they were."""
+    debugger = made(tmp_path, level="L1")
+    with place():
+        debugger.start()
+        assert torch.exp(torch.ones(1)).is_meta
+    assert not torch.exp(torch.ones(1)).is_meta
+    with place():
+        assert torch.exp(torch.ones(1)).is_meta
+        debugger.stop()
+        assert torch.exp(torch.ones(1)).is_meta
+    debugger.step()
+
+    assert len(names(tmp_path)) == 3
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# dump_enable -------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The file is looked at whenever it may be."""
+    monkeypatch.setattr("pytest_msprobe.config.watch.ON_INTERVAL", 0.0)
+    monkeypatch.setattr("pytest_msprobe.config.watch.OFF_INTERVAL", 0.0)
+
+
+def rewrite(folder, **config):
+    """Changes the configuration of a debugger of `made`."""
+    path = folder / "config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, **config}))
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_recording_is_switched_between_steps(tmp_path):
+    """Steps while it is off have no files; numbers go on."""
+    debugger = made(tmp_path, level="mix", dump_enable=False)
+    model = Model()
+    for is_on in (False, True, False, True):
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.start(model=model)
+        assert ("forward" in model.embed.__dict__) == is_on
+        model(torch.arange(3))
+        debugger.stop()
+        debugger.step()
+
+    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert steps == ["step1", "step3"]
+    assert len(names(tmp_path, 1)) == len(names(tmp_path, 3)) > 10
+
+
+@pytest.mark.usefixtures("at_once")
+def test_recording_is_switched_within_a_step(tmp_path):
+    """What was recorded before it was off is in the same step's files."""
+    debugger = made(tmp_path, level="L1", dump_enable=True)
+    for is_on, function in ((True, torch.exp), (False, torch.sin), (True, torch.cos)):
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.start()
+        function(torch.ones(1))
+        debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.cos.0.forward"]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_other_keys_hold_from_the_next_step(tmp_path):
+    """A changed level or folder is taken over behind the open step, which is whole."""
+    debugger = made(tmp_path, level="L1", dump_enable=True)
+    model = Model()
+    debugger.start(model=model)
+    torch.exp(torch.ones(1))
+    debugger.stop()
+    rewrite(tmp_path, level="L0")
+    debugger.start(model=model)
+    torch.exp(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+    debugger.start(model=model)
+    model(torch.arange(3))
+    debugger.stop()
+    debugger.step()
+
+    assert names(tmp_path) == ["Torch.exp.0.forward", "Torch.exp.1.forward"]
+    assert len(names(tmp_path, 1)) == 10
+    assert all(name.startswith("Module.") for name in names(tmp_path, 1))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_start_that_is_never_stopped_is_switched_too(tmp_path):
+    """The file counts at each step, also where start was called once."""
+    debugger = made(tmp_path, level="L0", dump_enable=True)
+    model = Model()
+    debugger.start(model=model)
+    for is_on in (False, False, True, True):
+        model(torch.arange(3))
+        rewrite(tmp_path, dump_enable=is_on)
+        debugger.step()
+
+    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert steps == ["step0", "step3"]
+
+
+# Copies of a model -------------------------------------------------------------
+
+
+def patched():
+    """A layer whose forward was replaced on the instance, as other tools do."""
+    layer = torch.nn.Linear(2, 2)
+    inner = layer.forward
+    layer.forward = lambda x, *, bias=1: inner(x) + bias
+    return layer
+
+
+@pytest.mark.parametrize("data_mode", ["all", "forward"])
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_copies_compute_with_their_own_weights(tmp_path, data_mode, is_stopped):
+    """A copy of a recorded model is no part of it: it runs alone, without a record."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    section = {"data_mode": [data_mode]}
+    debugger = made(tmp_path, level="mix", statistics=section)
+    debugger.start(model=model)
+    if is_stopped:
+        debugger.stop()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        with torch.no_grad():
+            copied[0].weight.zero_()
+            copied[0].bias.fill_(3.0)
+        assert copied(torch.ones(1, 2)).tolist() == [[3.0, 3.0]]
+    debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+
+    assert copied(torch.ones(1, 2)).tolist() == [[3.0, 3.0]]
+    assert not any(name.startswith("Module") for name in names(tmp_path))
+
+
+def test_signatures_of_modules_stay(tmp_path):
+    """Whoever asks for the parameters of a forward gets those of the module."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), patched())
+    before = [inspect.signature(module.forward) for module in model.modules()]
+    debugger = made(tmp_path, level="L0")
+    debugger.start(model=model)
+
+    after = [inspect.signature(module.forward) for module in model.modules()]
+    assert after == before
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    debugger.stop()
+    debugger.step()
+    assert len(names(tmp_path)) == 2

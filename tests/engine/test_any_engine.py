@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -18,11 +19,10 @@ from pytest_msprobe.engine.client import (
     ask_workers,
     check_attached,
     converse,
-    converse_async,
     start_capture,
-    stop_capture,
 )
 from pytest_msprobe.errors import EngineError
+from pytest_msprobe.session import Capture
 
 MULTIPROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
@@ -177,6 +177,13 @@ def test_an_engine_that_is_not_eager_is_refused(demo_model, tmp_path):
         stop_engine(llm)
 
 
+def recording(llm, folder):
+    """What `msprobe.capture(llm)` gives to a test."""
+    options = SimpleNamespace(config=DebuggerConfig(level="L0"), decode_steps=2)
+    session = SimpleNamespace(options_of=lambda _: options)
+    return Capture(session, SimpleNamespace(nodeid="test"), llm, "", folder)
+
+
 def test_async_engine(demo_model, reference, tmp_path):
     """An AsyncLLM is captured with `async with`; its rows are those of an LLM."""
     from vllm import SamplingParams
@@ -193,19 +200,18 @@ def test_async_engine(demo_model, reference, tmp_path):
         try:
             with pytest.raises(EngineError, match=r"async with msprobe\.capture"):
                 converse(llm, check_attached())
-            start = start_capture(DebuggerConfig(level="L0"), tmp_path, decode_steps=2)
-            await converse_async(llm, start)
-            parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
-            async for _ in llm.generate(tools.PROMPT, parameters, "request"):
-                pass
-            return await converse_async(llm, stop_capture("test"))
+            async with recording(llm, tmp_path) as capture:
+                sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+                async for _ in llm.generate(tools.PROMPT, sampling, "request"):
+                    pass
+            return capture.files
         finally:
             llm.shutdown()
 
-    (reply,) = asyncio.run(run())
+    (file,) = asyncio.run(run())
 
-    found = read_capture(tmp_path / "capture.rank0.jsonl")
-    assert reply["steps"] == 3
+    found = read_capture(file)
+    assert len(found.steps) == 3
     verdict = tools.verdict_of(reference[0], found)
     assert (verdict.status, verdict.equal) == ("pass", verdict.judged)
 

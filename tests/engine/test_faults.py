@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import signal
@@ -349,21 +350,27 @@ while True:
 
 
 def test_what_an_engine_leaves_is_seen(tmp_path):
-    """Processes of an engine and shared memory that nobody uses are found."""
+    """Processes and shared memory of an engine are found; what nobody uses is freed."""
     program = "import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, "VLLM::EngineCore"],
                           cwd=tmp_path) as child:  # fmt: skip
         assert left_processes(tmp_path) == {child.pid}
         child.kill()
-    from pytest_msprobe.engine.launch import shared_memory
+    from pytest_msprobe.engine.launch import free_memory, shared_memory
 
     before = shared_memory()
-    memory = Path(f"/dev/shm/vllm_test_{os.getpid()}")  # noqa: S108 - shared memory
-    memory.write_bytes(b"0")
-    try:
-        assert memory in left_memory(before)
-    finally:
-        memory.unlink()
+    for name in ("vllm_test_{}", "psm_test{}", "{}-tp:0-[0-1]-cpushm_1"):
+        memory = Path("/dev/shm", name.format(os.getpid()))  # noqa: S108 - its place
+        memory.write_bytes(b"0" * 4096)
+        try:
+            assert memory in left_memory(before)
+            with memory.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+                free_memory({memory})
+                assert memory.exists()  # somebody uses it
+            free_memory({memory})
+            assert not memory.exists()
+        finally:
+            memory.unlink(missing_ok=True)
     assert not left_processes(tmp_path)
 
 

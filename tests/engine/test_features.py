@@ -113,6 +113,7 @@ def test_mixture_of_experts(demo_model, tmp_path):
 
         with tools.wrapped_forward(gate, shifted):
             faulty = tools.capture(llm, tmp_path, level="mix")
+        golden, rerouted = capture_rerouted(llm, tmp_path)
 
     verdict = tools.verdict_of(first, second)
     assert verdict.status == "pass"
@@ -124,6 +125,39 @@ def test_mixture_of_experts(demo_model, tmp_path):
     verdict = tools.verdict_of(first, faulty)
     assert verdict.status == "fail"
     assert verdict.divergence.module.startswith("model.layers.1.mlp")
+
+    # With the same key another choice fails. Across keys it is no fault, and what
+    # depends on it is not judged.
+    choice = "model.layers.2.mlp.experts.choice"
+    tools.assert_changed(golden, rerouted, choice)
+    verdict = tools.verdict_of(golden, rerouted)
+    assert (verdict.status, verdict.divergence.module) == ("fail", choice)
+    crossed = tools.verdict_of(golden, rerouted, mode="cross")
+    assert (crossed.failed, crossed.missing) == (0, 0)
+    assert crossed.equal == crossed.judged > 50
+    assert crossed.rerouted > 20
+    assert any("other experts from model.layers.2.mlp" in n for n in crossed.notes)
+
+
+def capture_rerouted(llm, folder):
+    """A capture, and one in which a router of layer 2 chooses other experts."""
+    golden = tools.capture(llm, folder)
+    owner = next(
+        module
+        for path, module in tools.model_of(llm).named_modules()
+        if path.startswith("model.layers.2.") and hasattr(module, "router")
+    )
+    original = owner.router._compute_routing
+
+    def other(*args, **kwargs):
+        weights, ids = original(*args, **kwargs)
+        return weights, ((ids + 1) % 4).to(ids.dtype)
+
+    with tools.changed_attribute(owner.router, "_compute_routing", other):
+        rerouted = tools.capture(llm, folder)
+    assert "choice" not in dict(owner.named_children())
+    assert owner.router._compute_routing.__func__ is original.__func__
+    return golden, rerouted
 
 
 def write_adapter(maker, folder):
@@ -172,6 +206,86 @@ def test_lora(demo_model, tmp_path):
     verdict = tools.verdict_of(plain, first)
     assert verdict.status == "fail"
     assert verdict.divergence.module.startswith("model.layers.0.mlp.down_proj")
+
+
+def write_paligemma(maker, folder):
+    """A tiny PaliGemma without weights: SigLIP's layers in front of Gemma's."""
+    files = maker.tokenizer_files()
+    image = dict(files["tokenizer.json"]["added_tokens"][0])
+    image |= {"id": maker.VOCABULARY, "content": "<image>"}
+    files["tokenizer.json"]["added_tokens"].append(image)
+    files["tokenizer_config.json"]["extra_special_tokens"] = {"image_token": "<image>"}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_image_tokens": 4,
+    }
+    text = {
+        "model_type": "gemma",
+        "vocab_size": 2048,  # the processor adds tokens for places
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 128,
+        "vision_use_head": False,
+    }
+    files["config.json"] = {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "image_token_index": image["id"],
+        "projection_dim": 128,
+        "hidden_size": 128,
+        "text_config": {**text, **sizes},
+        "vision_config": {**vision, **sizes},
+    }
+    files["preprocessor_config.json"] = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 28, "width": 28},
+        "image_seq_length": 4,
+    }
+    files["processor_config.json"] = {"processor_class": "PaliGemmaProcessor"}
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_requests_with_images_are_refused(demo_model, tmp_path):
+    """An image ends the capture with one line; texts to the same model are captured."""
+    from PIL import Image
+    from vllm import SamplingParams
+
+    folder = write_paligemma(tools.example("tiny_qwen2"), tmp_path / "model")
+    parameters = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    prompt = {
+        "prompt": "what is there",
+        "multi_modal_data": {"image": Image.new("RGB", (40, 30), (200, 10, 10))},
+    }
+    with engines.started(folder, load_format="dummy") as llm:
+        # The second time vLLM takes the encoder's output of the first.
+        for number in range(2):
+            start = {"action": "start", "config": {"level": "L0"}}
+            start["folder"] = str(tmp_path / str(number))
+            llm.collective_rpc("msprobe_control", args=(json.dumps(start),))
+            (answer,) = llm.generate([prompt], parameters, use_tqdm=False)
+            reply = tools.control(llm, "stop")
+            assert len(answer.outputs[0].token_ids) == 3
+            assert not reply["ok"]
+            assert "a request has encoder inputs (images, audio)" in reply["error"]
+            assert "leave them out" in reply["error"]
+            assert not list((tmp_path / str(number)).rglob("dump.json"))
+        texts = [tools.capture(llm, tmp_path) for _ in range(2)]
+
+    verdict = tools.verdict_of(*texts)
+    assert (verdict.status, verdict.missing) == ("pass", 0)
+    assert verdict.equal == verdict.judged > 100
 
 
 def test_speculative_decoding_is_refused(demo_model, tmp_path):
@@ -245,6 +359,39 @@ def test_nan_and_infinity_survive_every_file(engine, tmp_path):
     assert verdict.status == "fail"
     assert verdict.divergence.module == "model.layers.2.mlp"
     assert any(finding.metric == "nonfinite" for finding in verdict.worst)
+
+
+def test_what_a_capture_will_take_is_estimated(engine, tmp_path, caplog):
+    """Behind the first step it is said what all steps take; a warning if too much."""
+    caplog.set_level("INFO", "pytest_msprobe")
+    tools.capture(engine, tmp_path, tokens=8, decode_steps=2)
+    tools.capture(engine, tmp_path, tokens=8, decode_steps=7)
+
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "INFO"]
+    taken = []
+    for text, steps in zip(caplog.messages, (3, 8), strict=True):
+        rows, size, count, all_rows, all_size = map(
+            int,
+            re.search(
+                r"(\d+) rows and (\d+) bytes in the first step; .* (\d+) are expected: "
+                r"about (\d+) rows and (\d+) bytes$",
+                text,
+            ).groups(),
+        )
+        assert (count, all_rows, all_size) == (steps, steps * rows, steps * size)
+        taken.append(size)
+    caplog.clear()
+    room = {"max_bytes": 3 * taken[0]}
+    tools.capture(engine, tmp_path, tokens=3, **room)
+    start = {"level": "L0", **room}
+    tools.control(engine, "start", config=start, folder=str(tmp_path), decode_steps=-1)
+    tools.generate(engine, [tools.PROMPT], 60)
+    assert not tools.control(engine, "stop")["ok"]
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING"]
+    assert "60 are expected" in caplog.messages[1]
+    assert caplog.messages[1].endswith("record less (step, list, level) or make room")
 
 
 def test_a_limit_of_bytes_ends_a_capture(engine, tmp_path):

@@ -5,11 +5,13 @@ Every fault is asserted to have changed the tensor where it was planted; then it
 be caught and the right module named, at L0 and at mix.
 """
 
-import copy
+import contextlib
+from dataclasses import asdict
 
 import pytest
 import tools
-import torch
+
+from pytest_msprobe.engine.plants import Place
 
 LAYER = "model.layers.1"
 EQUAL_LEVELS = ("L0", "mix")
@@ -22,110 +24,54 @@ def goldens(engine, tmp_path_factory):
     return {level: tools.capture(engine, folder, level=level) for level in EQUAL_LEVELS}
 
 
-def scale_rows(first):
-    """A wrapper that makes all rows from `first` on 10 % larger."""
-
-    def wrapper(original, *args, **kwargs):
-        result = original(*args, **kwargs).clone()
-        result[first:] *= 1.1
-        return result
-
-    return wrapper
+def scaled_behind_the_sink(original, *args, **kwargs):
+    """All rows but the first are 10 % larger."""
+    result = original(*args, **kwargs).clone()
+    result[1:] *= 1.1
+    return result
 
 
-def swap_heads(original, *args, **kwargs):
-    """The first two heads of attention's output change places."""
-    result = original(*args, **kwargs)
-    size = 32
-    return torch.cat(
-        [result[:, size : 2 * size], result[:, :size], result[:, 2 * size :]], dim=1
-    )
+ATTENTION = f"{LAYER}.self_attn"
+# Faults of the library that `pytest-msprobe doctor` plants, with their sizes.
+PLANTS = {
+    "epsilon": (Place("epsilon", f"{LAYER}.input_layernorm"), 9e-6),
+    "scale": (Place("attention_scale", f"{ATTENTION}.attn"), 0.01),
+    "bias": (Place("bias", f"{ATTENTION}.qkv_proj"), 1.0),
+    "own code": (Place("argument", ATTENTION, "rotary_emb", 1), 0.02),
+    "fp8": (Place("precision", f"{LAYER}.mlp.act_fn"), 2.0**-3),
+    "heads": (Place("heads", f"{ATTENTION}.attn"), 1.0),
+    "rows": (Place("rows", f"{LAYER}.mlp.act_fn"), 1.0),
+}
 
 
-def swap_rows(original, *args, **kwargs):
-    """Two prompt rows change places in the prefill."""
-    result = original(*args, **kwargs)
-    if result.shape[0] < 8:
-        return result
-    order = list(range(result.shape[0]))
-    order[3], order[6] = order[6], order[3]
-    return result[order]
+@contextlib.contextmanager
+def planted(engine, place, size):
+    """A fault in the engine for a while."""
+    tools.control(engine, "plant", place=asdict(place), size=size)
+    try:
+        yield
+    finally:
+        tools.control(engine, "unplant")
 
 
-def through_fp8(original, *args, **kwargs):
-    """The operator's result is rounded to 8 bits."""
-    result = original(*args, **kwargs)
-    return result.to(torch.float8_e4m3fn).to(result.dtype)
-
-
-def scaled_queries(module, factor=1.02):
-    """The parent's own code: q is larger between two children."""
-
-    def wrapper(_original, positions, hidden_states):
-        qkv, _ = module.qkv_proj(hidden_states)
-        sizes = [module.q_size, module.kv_size, module.kv_size]
-        q, k, v = qkv.split(sizes, dim=-1)
-        q, k = module.rotary_emb(positions, q * factor, k)
-        output, _ = module.o_proj(module.attn(q, k, v))
-        return output
-
-    return wrapper
-
-
-def without_v_bias(module):
-    """The bias with the part of v set to zero."""
-    bias = copy.deepcopy(module.bias)
-    bias.data[128 + 64 :] = 0
-    return bias
-
-
-def plant(model, name):
+def plant(engine, name):
     """The context manager that plants a fault, and the module that is guilty."""
-    attention = model.get_submodule(f"{LAYER}.self_attn")
-    if name == "epsilon":
-        norm = model.get_submodule(f"{LAYER}.input_layernorm")
-        return tools.changed_attribute(norm, "variance_epsilon", 1e-5), (
-            f"{LAYER}.input_layernorm"
-        )
-    if name == "scale":
-        scale = attention.attn.impl.scale * 1.01
-        change = tools.changed_attribute(attention.attn.impl, "scale", scale)
-        return change, f"{LAYER}.self_attn.attn"
-    if name == "bias":
-        qkv = attention.qkv_proj
-        change = tools.changed_attribute(qkv, "bias", without_v_bias(qkv))
-        return change, f"{LAYER}.self_attn.qkv_proj"
-    if name == "own code":
-        change = tools.wrapped_forward(attention, scaled_queries(attention))
-        return change, f"{LAYER}.self_attn"
-    wrappers = {
-        "fp8": ("mlp.act_fn", through_fp8),
-        "heads": ("self_attn.attn", swap_heads),
-        "rows": ("mlp.act_fn", swap_rows),
-        "behind the sink": ("mlp.act_fn", scale_rows(1)),
-    }
-    path, wrapper = wrappers[name]
-    module = model.get_submodule(f"{LAYER}.{path}")
-    return tools.wrapped_forward(module, wrapper), f"{LAYER}.{path}"
+    if name in PLANTS:
+        place, size = PLANTS[name]
+        return planted(engine, place, size), place.guilty
+    path = f"{LAYER}.mlp.act_fn"
+    module = tools.model_of(engine).get_submodule(path)
+    return tools.wrapped_forward(module, scaled_behind_the_sink), path
 
 
-FAULTS = (
-    "epsilon",
-    "scale",
-    "bias",
-    "own code",
-    "fp8",
-    "heads",
-    "rows",
-    "behind the sink",
-)
+FAULTS = (*PLANTS, "behind the sink")
 
 
 @pytest.mark.parametrize("level", EQUAL_LEVELS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught_and_named(engine, goldens, tmp_path, fault, level):
     """A planted fault fails the gate, and the guilty module is named first."""
-    change, guilty = plant(tools.model_of(engine), fault)
+    change, guilty = plant(engine, fault)
 
     with change:
         candidate = tools.capture(engine, tmp_path, level=level)
@@ -152,7 +98,7 @@ def test_clean_run_is_bit_identical(engine, goldens, tmp_path, level):
 
 def test_swapped_heads_move_no_statistic(engine, goldens, tmp_path):
     """Only the sketch sees swapped heads: Max, Min, Mean and Norm stay."""
-    change, guilty = plant(tools.model_of(engine), "heads")
+    change, guilty = plant(engine, "heads")
 
     with change:
         candidate = tools.capture(engine, tmp_path)

@@ -2,6 +2,7 @@
 """vLLM's server on loopback, told to dump by --additional-config alone."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -126,6 +127,21 @@ def read(step):
 GUIDE = tools.GUIDE
 
 
+# Attached to the worker, so that a fault can be planted over HTTP.
+PLANTER = """
+class Planter:
+    def msprobe_plant(self):
+        layer = self.model_runner.get_model().model.layers[2].mlp
+        def forward(*args, **kwargs):
+            result = type(layer).forward(layer, *args, **kwargs).clone()
+            result[0, 3], result[-1, 5] = float("nan"), float("inf")
+            return result
+        layer.forward = forward
+    def msprobe_heal(self):
+        del self.model_runner.get_model().model.layers[2].mlp.forward
+"""
+
+
 @pytest.fixture(scope="module")
 def served(demo_model, tmp_path_factory):
     """A server that dumps, with the file that switches it."""
@@ -135,8 +151,9 @@ def served(demo_model, tmp_path_factory):
     config.write_text(
         json.dumps({**GUIDE, "dump_path": str(dump), "dump_enable": True})
     )
-    additional = {"dump_config_path": str(config)}
-    server = Server(demo_model, folder, additional, "--enforce-eager")
+    (folder / "msprobe_planter.py").write_text(PLANTER)
+    options = ["--enforce-eager", "--worker-extension-cls", "msprobe_planter.Planter"]
+    server = Server(demo_model, folder, {"dump_config_path": str(config)}, *options)
     yield server, config, dump
     server.stop()
 
@@ -207,6 +224,27 @@ def test_control_over_http(served, tmp_path):
     assert stopped["rows"] > 300
     (wrong,) = server.control("fly")
     assert not wrong["ok"]
+
+
+def test_nan_and_infinity_pass_over_http(served, tmp_path):
+    """Replies have no NaN, with which vLLM's route would fail; the dump has it."""
+    server, _, _ = served
+    config = {"level": "L0", "task": "statistics"}
+    server.post("/collective_rpc", {"method": "msprobe_plant"})
+    try:
+        (started,) = server.control("start", config=config, folder=str(tmp_path))
+        server.complete(tokens=2)
+        (stopped,) = server.control("stop")
+    finally:
+        server.post("/collective_rpc", {"method": "msprobe_heal"})
+
+    assert started["ok"], started
+    assert stopped["ok"], stopped
+    content = read(steps_in(tmp_path)[0])
+    output = content["data"]["Module.model.layers.2.mlp.Qwen2MLP.forward.0"]["output"]
+    assert math.isnan(output[0]["Max"])
+    assert content["data"]["Module.model.layers.1.mlp.Qwen2MLP.forward.0"]
+    server.complete(tokens=2)
 
 
 def test_a_second_engine_may_not_write_the_same_dump(served, demo_model):

@@ -74,7 +74,7 @@ def test_git_ref(project):
 
     assert code == 1, text
     assert "good: HEAD (" in text
-    assert "layer: first to compute something else (max 0.5" in text
+    assert "layer: first to compute something else (max 0.25" in text
     assert len(git("worktree", "list").splitlines()) == 1
 
     project.kernel.write_text(RIGHT)
@@ -96,7 +96,7 @@ def test_interpreter_and_saved_run(project):
     code, text = narrow(project, "--good", str(run))
 
     assert code == 1, text
-    assert "layer: first to compute something else (max 0.5" in text
+    assert "layer: first to compute something else (max 0.25" in text
 
 
 @pytest.mark.parametrize("project", [""], indirect=True)

@@ -136,6 +136,7 @@ def test_engine_fixture_needs_a_model(pytester):
     [
         ("level='L9'", "expected one of"),
         ("nonsense=1", "nonsense: unknown key"),
+        ("teacher_forcing=1", "teacher_forcing 1: expected True or False"),
         ("engine=3", "engine: expected a dict"),
         ("decode_steps=-1", "decode_steps -1"),
         ("tolerances={'rel_l3': 1}", "rel_l3: unknown metric"),

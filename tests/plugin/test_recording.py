@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is recorded and judged: no test that asks for a fixture passes unjudged."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 from plugin_project import PluginProject, assert_failed, text_of
 
@@ -339,3 +344,92 @@ def test_a(msprobe_engine, msprobe):
 
     assert_failed(result, "verdict.json: cannot be written", failed=1)
     assert project.goldens() == []
+
+
+def test_a_warning_of_a_running_capture_is_printed_at_once(project):
+    """What is warned of while a test runs does not wait for the test's end."""
+    project.write(
+        """
+import logging
+import os
+
+def test_a():
+    logging.getLogger("pytest_msprobe").info("no %s", "news")
+    logging.getLogger("pytest_msprobe").warning("too many %s", "bytes")
+    print("captured")
+    os._exit(7)
+"""
+    )
+
+    result = project.run()
+
+    text = text_of(result)
+    assert result.ret == 7
+    assert "too many bytes" in text.splitlines()
+    assert "no news" not in text
+    assert "captured" not in text
+
+
+ASYNCHRONOUS = """
+import asyncio
+
+class AsyncLLM(LLM):
+    async def collective_rpc(self, *args, **kwargs):
+        return super().collective_rpc(*args, **kwargs)
+
+def test_a(msprobe):
+    async def main():
+        llm = AsyncLLM()
+        async with msprobe.capture(llm) as capture:
+            llm.generate()
+        capture.check()
+    asyncio.run(main())
+"""
+
+
+def test_an_asynchronous_engine_is_judged(project):
+    """`async with` records an AsyncLLM; its golden passes and catches a fault."""
+    project.write(ASYNCHRONOUS)
+    project.record()
+    assert project.run().ret == 0
+
+    project.write(with_fault(ASYNCHRONOUS))
+    result = project.run()
+    assert_failed(result, "layer: first to compute something else", failed=1)
+
+    project.write(ASYNCHRONOUS.replace("async with", "with"))
+    result = project.run()
+    assert_failed(result, "write: async with msprobe.capture(engine)", failed=1)
+
+
+def without_privileges():
+    """Lets a program of root be refused as anybody else is."""
+    drop_from_bounding_set = 24
+    for override in (1, 2):  # of permissions to write, and to read and search
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, override, 0, 0, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+def test_a_read_only_dump_path_is_one_line(project):
+    """Where the folder is not writable the test says so; the next one is not hurt."""
+    folder = project.folder / "runs"
+    folder.mkdir(mode=0o555)
+    project.configure("engine: {model: any}\ncapture: {dump_path: runs}\n")
+    project.write("def test_a(msprobe_engine):\n    msprobe_engine.generate()\n")
+
+    command = [sys.executable, "-m", "pytest", "--msprobe-config", "msprobe.yaml"]
+    done = subprocess.run(
+        [*command, "--msprobe-update=new"],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=without_privileges if os.geteuid() == 0 else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1, done.stdout
+    (line,) = (x for x in done.stdout.splitlines() if x.startswith("ERROR "))
+    assert "cannot be written (Permission denied); make it writable, or" in line
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(folder.iterdir()) == project.goldens() == []

@@ -35,11 +35,18 @@ class LLM:
         self._folder = None
         self._config = {}
         self._steps = []
+        self._tokens = ()
+        self._follow = []
 
-    def generate(self, layer="layer", factor=1.0):
-        """One step of a model with one layer; a fault multiplies what it gives."""
+    def generate(self, layer="layer", factor=1.0, tokens=()):
+        """One step of a model with one layer; a fault multiplies what it gives.
+
+        It samples tokens, or feeds back those it is to follow; returns them.
+        """
+        self._tokens = tokens
         if self._folder is not None:
             self._steps.append((layer, factor))
+        return self._follow[0][1] if self._follow else list(tokens)
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """One reply a rank."""
@@ -50,11 +57,15 @@ class LLM:
         action = getattr(self, f"_{request.pop('action')}")
         return action(**request)
 
-    def _start(self, folder, config, **_more):
+    def _status(self):
+        return [{"ok": True, "rank": r, "key": captures.KEY} for r in range(self.ranks)]
+
+    def _start(self, folder, config, follow=(), **_more):
         if self._folder is not None:
             error = "a capture is already running on this engine; end it first"
             return [{"ok": False, "error": error, "slug": "double-start"}] * self.ranks
         self._folder, self._config, self._steps = Path(folder), config, []
+        self._follow = list(follow)
         return [
             {"ok": True, "rank": rank, "recording": self._is_wanted(rank)}
             for rank in range(self.ranks)
@@ -72,6 +83,17 @@ class LLM:
     def _is_wanted(self, rank):
         return not self._config["rank"] or rank in self._config["rank"]
 
+    def _header(self):
+        if not self._tokens:
+            return {}
+        own, follow = list(self._tokens), self._follow
+        if not follow:
+            return {"requests": [captures.request(own, (-0.7,) * len(own))]}
+        fed = captures.request(follow[0][1], (-0.7,) * len(follow[0][1]))
+        fed.own = own if own != fed.tokens else []
+        fed.top = [[(a, -0.7), (b, -0.7)] for a, b in zip(fed.tokens, own, strict=True)]
+        return {"requests": [fed], "provenance": {"teacher_forcing": True}}
+
     def _stop_rank(self, folder, test, rank):
         if folder is None or not self._is_wanted(rank):
             return {"ok": True, "rank": rank, "recording": False}
@@ -81,7 +103,7 @@ class LLM:
             own = factor * (1.0 + self.drift if rank else 1.0) * (1.0 + self.jitter)
             slots = {"input_args.0": x}, {"output.0": x * 2 * own}
             calls.append((captures.module(layer, number=number), 0, *slots))
-        capture = captures.capture(calls, test=test, rank=rank)
+        capture = captures.capture(calls, test=test, rank=rank, **self._header())
         for _, call in capture.calls():
             call.p = {"output.0": 0}
         path = folder / f"capture.rank{rank}.jsonl"

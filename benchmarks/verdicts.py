@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the gate catches, what it names, and whether it ever cries wolf.
+
+    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...] [--table]
+
+Four families of models with seeded random weights (families.py). `faults` plants every
+kind of fault at places from a seeded generator and judges against a clean capture, at
+L0, L1 and mix; `cross` does so against a golden of another numerics key; `benign`
+changes something harmless and judges. Engines run in processes of their own, one at a
+time; each part is saved when it is done, so that parts can be run one by one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from families import FAMILIES, write_family
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "benchmarks" / "results" / "verdicts.json"
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "MSPROBE_ATTACH": "1",
+}
+PARTS = ("faults", "cross", "benign")
+LEVELS = ("L0", "L1", "mix")
+PLACES = 3
+SEED = 20261126
+SETS = 10
+TOKENS = 2
+# Sizes of the faults; those of a kind that are not named are its usual one.
+SAME_SIZES = {"weight_row": (0.01, 0.25)}
+# Larger ones: limits across keys are 40 to 50 times those for the same key.
+CROSS_SIZES = {
+    "scale": (0.3,),
+    "element": (4.0,),
+    "epsilon": (0.1,),
+    "weight_row": (4.0,),
+    "attention_scale": (1.0,),
+    "rope_base": (9.0,),
+    "precision": (0.5,),
+    "argument": (0.3,),
+    "result": (0.3,),
+}
+NO_AMX = ["_is_amx_tile_supported"]
+NO_AVX512 = ["_is_avx512_supported", "_is_avx512_bf16_supported", *NO_AMX]
+# Name: environment, what torch.cpu is made to deny.
+AVX512_BF16 = ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, NO_AMX)
+AVX2 = ({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, NO_AVX512)
+AVX512 = (
+    {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    ["_is_avx512_bf16_supported", *NO_AMX],
+)
+PLAIN = ({}, [])
+TWO_RANKS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
+# Name: environment and cap, engine arguments, whether prompts are handed over at once.
+BENIGN = {
+    "batch mates": (PLAIN, {"max_num_seqs": 4}, True),
+    "chunked prefill": (
+        PLAIN,
+        {"enable_chunked_prefill": True, "max_num_batched_tokens": 8},
+        False,
+    ),
+    "custom_ops none": (PLAIN, {"compilation_config": {"custom_ops": ["none"]}}, False),
+    "AVX512 without bf16": (AVX512, {}, False),
+    "AVX2": (AVX2, {}, False),
+    "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
+}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--save", type=Path, default=OUTPUT)
+    parser.add_argument("--table", action="store_true", help="print what is saved")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# In a process with an engine ------------------------------------------------------
+
+
+def run_child(task):
+    """Starts an engine and does what the task says."""
+    import torch
+
+    for name in task["cap"]:
+        setattr(torch.cpu, name, lambda: False)
+
+    from pytest_msprobe.config.debugger_config import DebuggerConfig
+    from pytest_msprobe.engine.launch import (
+        engine_arguments,
+        start_engine,
+        stop_engine,
+    )
+    from pytest_msprobe.engine.trial import Trial
+
+    for run in task["runs"]:
+        given = {"model": run["model"], "dtype": "bfloat16", "max_model_len": 128}
+        llm = start_engine(engine_arguments({**given, **run["engine"]}, "benchmark"))
+        try:
+            folder = Path(task["folder"]) / run["name"]
+            config = DebuggerConfig(level="L0", extra_info=False)
+            trial = Trial(llm, config, (), folder / "captures", prompts_of(0)[:1])
+            trial.tokens, trial.decode_steps = TOKENS, TOKENS - 1
+            trial.is_batch = run["is_batch"]
+            trial.generate()
+            answer = CHILDREN[task["do"]](trial, run["name"], folder, task)
+        finally:
+            stop_engine(llm)
+        (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def prompts_of(number):
+    """Two prompts of the vocabulary."""
+    generator = random.Random(f"{SEED} {number}")  # noqa: S311 - not for secrets
+    sizes = (generator.randrange(17, 48), generator.randrange(17, 48))
+    return [[0, *(generator.randrange(3, 320) for _ in range(n - 1))] for n in sizes]
+
+
+def at_level(trial, level):
+    """Has the trial record at a level."""
+    from dataclasses import replace
+
+    trial.config = replace(trial.config, level=level)
+
+
+def record_goldens(trial, family, folder, task):
+    """Captures at some levels; their files by level."""
+    del family
+    files = {}
+    for level in task["levels"]:
+        at_level(trial, level)
+        (path,) = trial.record(folder / f"golden-{level}")
+        files[level] = str(path)
+    return files
+
+
+def record_sets(trial, family, folder, task):
+    """Captures of every set of prompts at L0; their files, by rank."""
+    del family
+    found = []
+    for number in range(task["sets"]):
+        trial.prompts = prompts_of(number)
+        files = trial.record(folder / f"set{number}")
+        found.append([str(path) for path in files])
+    return found
+
+
+def try_faults(trial, family, folder, task):
+    """Plants every kind of fault at its places, at every level."""
+    from pytest_msprobe.dump.capture import read_capture
+    from pytest_msprobe.engine.plants import KINDS
+    from pytest_msprobe.errors import MsprobeError
+
+    del folder
+    generator = random.Random(f"{SEED} {family}")  # noqa: S311 - likewise
+    places = trial.places()
+    plan, skipped = [], []
+    for kind in KINDS.values():
+        found = [place for place in places if place.kind == kind.name]
+        generator.shuffle(found)
+        for size in task["sizes"].get(kind.name, [kind.standard]):
+            taken = 0
+            for place in found:
+                if taken == PLACES:
+                    break
+                try:
+                    moved = trial.measure(place, size)
+                except MsprobeError as error:
+                    skipped.append([kind.name, place.called, str(error)])
+                    continue
+                if not moved:
+                    skipped.append([kind.name, place.called, "changed nothing"])
+                    continue
+                taken += 1
+                plan.append((place, size, moved))
+            if not found:
+                skipped.append([kind.name, "", "no place in this model"])
+    at_level(trial, "mix")
+    (golden,) = trial.capture()
+    order = operators_of(golden)
+    files = task["goldens"].get(family, {})
+    goldens = {level: read_capture(Path(path)) for level, path in files.items()}
+    lines, clean = [], []
+    for level in task["levels"]:
+        at_level(trial, level)
+        (first,) = trial.capture()
+        golden = goldens.get(level, first)
+        clean.append([level, *judged(trial, golden, trial.capture()[0])])
+        for place, size, moved in plan:
+            lines.append(try_one(trial, golden, place, size, moved))
+            lines[-1] |= {"level": level}
+            lines[-1]["is_right"] = is_right(place, lines[-1], order)
+        clean.append([level, *judged(trial, golden, trial.capture()[0])])
+    return {
+        "lines": lines,
+        "clean": clean,
+        "skipped": skipped,
+        "header": facts_of(first),
+        "golden": facts_of(golden),
+    }
+
+
+def facts_of(capture):
+    """What made a capture."""
+    return {"key": capture.header.key, **capture.header.provenance}
+
+
+def judged(trial, golden, candidate):
+    """Whether the verdict is green, rows judged, rows equal, what is off."""
+    from pytest_msprobe.engine.trial import described
+
+    verdict = trial.judge([golden], [candidate])
+    what = described(verdict, 0.0, 0.0)
+    text = f"{what.metric} in {what.call}: {what.observed} > {what.allowed}"
+    reasons = "; ".join(verdict.reasons)
+    is_named = bool(what.metric)
+    return [
+        verdict.is_green,
+        verdict.judged,
+        verdict.equal,
+        verdict.mode,
+        "" if verdict.is_green else f"{text if is_named else ''} {reasons}".strip(),
+    ]
+
+
+def try_one(trial, golden, place, size, moved):
+    """One fault at one level."""
+    from pytest_msprobe.engine.trial import described
+
+    with trial.planted(place, size):
+        (candidate,) = trial.capture()
+    verdict = trial.judge([golden], [candidate])
+    attempt = described(verdict, size, moved)
+    return {
+        "fault": place.kind,
+        "guilty": place.guilty,
+        "called": place.called,
+        "argument": place.argument,
+        "step": getattr(getattr(verdict.divergence, "finding", None), "row", None)
+        and verdict.divergence.finding.row.step,
+        "between": verdict.divergence.between if verdict.divergence else "",
+        "tokens": float(verdict.tokens.largest) > float(verdict.tokens.allowed),
+        **attempt.as_json(),
+    }
+
+
+def operators_of(capture):
+    """Operators in the order of execution: (step, call, paths of modules around it)."""
+    from pytest_msprobe.compare.divergence import enclosing_calls
+    from pytest_msprobe.model.names import parse_call_name
+
+    by_step = defaultdict(list)
+    for step, call in capture.calls():
+        by_step[step].append(call)
+    found = []
+    for step, calls in by_step.items():
+        parents = enclosing_calls(calls)
+        for number, call in enumerate(calls):
+            name = parse_call_name(call.c)
+            if name is not None and name.is_module:
+                continue
+            around, node = [], parents[number]
+            while node >= 0:
+                name = parse_call_name(calls[node].c)
+                if name is not None and name.is_module:
+                    around.append(name.module_path)
+                node = parents[node]
+            found.append((step, call.c, around))
+    return found
+
+
+def is_right(place, line, order):
+    """Whether the guilty module is named.
+
+    At L1 nothing is recorded of modules: then an operator inside the module that was
+    changed has to be named, or the next one that is given what it returned.
+    """
+    if not line["is_caught"]:
+        return False
+    if line["level"] != "L1":
+        return line["named"] == place.guilty
+    step = line["step"]
+    operators = [entry for entry in order if entry[0] == step]
+    names = [name for _, name, _ in operators]
+    if line["call"] not in names:
+        return False
+    number = names.index(line["call"])
+    inside = [place.called in around for _, _, around in operators]
+    if inside[number]:
+        return True
+    # What hands a tensor on unchanged (views, splits) may stand in between.
+    before = [n for n in range(number) if inside[n]]
+    return bool(before) and number - before[-1] <= HANDED_ON
+
+
+HANDED_ON = 3
+CHILDREN = {"goldens": record_goldens, "sets": record_sets, "faults": try_faults}
+
+
+# In the process that starts the others ---------------------------------------------
+
+
+def ask_child(folder, do, runs, machine=PLAIN, **more):
+    """What a process with engines answers, by run.
+
+    Args:
+        folder: Where it works.
+        do: What it does, of CHILDREN.
+        runs: Name: model, engine arguments, whether prompts are handed over at once.
+        machine: Environment, and what torch.cpu is made to deny.
+        more: Of the task.
+    """
+    variables, cap = machine
+    task = {"do": do, "folder": str(folder), "cap": cap, "runs": [], **more}
+    for name, (model, engine, is_batch) in runs.items():
+        (folder / name).mkdir(parents=True)
+        values = {"name": name, "model": str(model)}
+        task["runs"].append({**values, "engine": engine, "is_batch": is_batch})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)],
+        env={**os.environ, **ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{folder.name}: {done.stderr[-3000:]}")
+    return {
+        name: json.loads((folder / name / "answer.json").read_text()) for name in runs
+    }
+
+
+def plain_runs(models):
+    """Runs with the default engine, by family."""
+    return {family: (model, {}, False) for family, model in models.items()}
+
+
+def faults(models, folder):
+    """Every kind of fault against a clean capture of the same engine."""
+    more = {"levels": LEVELS, "goldens": {}, "sizes": SAME_SIZES}
+    return ask_child(folder / "faults", "faults", plain_runs(models), **more)
+
+
+def cross(models, folder):
+    """Larger faults on AVX2 against goldens of AVX512-bf16."""
+    levels, runs = ["L0", "mix"], plain_runs(models)
+    place = folder / "goldens"
+    goldens = ask_child(place, "goldens", runs, AVX512_BF16, levels=levels)
+    more = {"levels": levels, "goldens": goldens, "sizes": CROSS_SIZES}
+    return ask_child(folder / "cross", "faults", runs, AVX2, **more)
+
+
+def benign(models, folder):
+    """Harmless changes; one line a judgement."""
+    groups = defaultdict(dict)  # a process for each kind of machine
+    for family, model in models.items():
+        groups[json.dumps(PLAIN)][f"{family}-base"] = (model, {}, False)
+        for name, (machine, engine, is_batch) in BENIGN.items():
+            run = (model, engine, is_batch)
+            groups[json.dumps(machine)][f"{family}-{name}"] = run
+    found = {}
+    for number, (machine, runs) in enumerate(groups.items()):
+        place = folder / f"machine{number}"
+        found |= ask_child(place, "sets", runs, json.loads(machine), sets=SETS)
+    result = {}
+    for family in models:
+        lines = []
+        for name in BENIGN:
+            sides = found[f"{family}-base"], found[f"{family}-{name}"]
+            lines += [
+                {"change": name, "set": number, **judge_sets(*pair)}
+                for number, pair in enumerate(zip(*sides, strict=True))
+            ]
+            print_benign(family, lines, name)
+        result[family] = {"lines": lines}
+    return result
+
+
+def judge_sets(old, new):
+    """What the gate says of a capture; each side is a list of files, by rank."""
+    from pytest_msprobe.compare.against import judge_against
+    from pytest_msprobe.compare.judge import judge
+    from pytest_msprobe.compare.ranks import combine_ranks
+    from pytest_msprobe.dump.capture import read_capture
+
+    goldens, candidates = ([read_capture(Path(p)) for p in side] for side in (old, new))
+    if len(candidates) > 1:
+        verdict = judge_against(combine_ranks(goldens), combine_ranks(candidates))
+    else:
+        verdict = judge(goldens[0], candidates[0]).verdict
+    return {
+        "mode": verdict.mode,
+        "is_green": verdict.is_green,
+        "judged": verdict.judged,
+        "equal": verdict.equal,
+        "key": verdict.key,
+        "why": "" if verdict.is_green else alarm(verdict),
+    }
+
+
+def alarm(verdict):
+    """Why a verdict is not green."""
+    divergence = verdict.divergence
+    text = "; ".join(verdict.reasons)
+    if divergence is None or divergence.finding is None:
+        return text
+    finding = divergence.finding
+    where = f"{finding.metric} {finding.observed} > {finding.allowed}"
+    return f"{finding.row.text}: {where}; {verdict.failed} rows {text}"
+
+
+def print_benign(family, lines, name):
+    chosen = [line for line in lines if line["change"] == name]
+    red = [line for line in chosen if not line["is_green"]]
+    unequal = sum(line["equal"] < line["judged"] for line in chosen)
+    print(
+        f"  {family}, {name}: {len(chosen)} judged, {unequal} unequal, {len(red)} red"
+    )
+    for line in red[:2]:
+        print(f"    {line['why']}")
+    sys.stdout.flush()
+
+
+def summary(lines, power):
+    """Counts of faults: above the power, caught, named right."""
+    above = [line for line in lines if float(line["moved"]) >= power]
+    caught = [line for line in above if line["is_caught"]]
+    right = [line for line in caught if line["is_right"]]
+    return len(above), len(caught), len(right)
+
+
+def table(found):
+    """Prints what is saved."""
+    for part, power in (("faults", found["power"]), ("cross", found["cross_power"])):
+        print(f"\n{part}: family, level: above the power, caught, named right")
+        total = Counter()
+        for family in FAMILIES:
+            lines = found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+            for level in LEVELS:
+                chosen = [line for line in lines if line["level"] == level]
+                if chosen:
+                    counts = summary(chosen, power)
+                    total.update(dict(enumerate(counts)))
+                    print(f"| {family} | {level} | {len(chosen)} | {counts} |")
+        print(dict(total))
+        for family in FAMILIES:
+            for line in found["parts"].get(f"{part}/{family}", {}).get("lines", []):
+                if float(line["moved"]) >= power and not line["is_right"]:
+                    print(f"  {family} {line['level']} {describe(line)}")
+    print("\nbenign: change: judged, unequal, red")
+    totals = Counter()
+    for name in BENIGN:
+        chosen = [
+            line
+            for family in FAMILIES
+            for line in found["parts"].get(f"benign/{family}", {}).get("lines", [])
+            if line["change"] == name
+        ]
+        unequal = sum(line["equal"] < line["judged"] for line in chosen)
+        red = sum(not line["is_green"] for line in chosen)
+        totals.update(judged=len(chosen), unequal=unequal, red=red)
+        print(f"| {name} | {len(chosen)} | {unequal} | {red} |")
+    print(dict(totals))
+
+
+def describe(line):
+    what = "named" if line["is_caught"] else "NOT CAUGHT"
+    return (
+        f"{line['fault']} {line['size']:g} in {line['guilty']} ({line['called']}): "
+        f"moved {float(line['moved']):.2g}, {what} {line['named']} {line['call']} "
+        f"{line['divergence']} {line['metric']}"
+    )
+
+
+def save(found, path):
+    """Writes what was found, one judgement a line."""
+    whole = {**found, "parts": {}}
+    for name, result in found["parts"].items():
+        # The lines of a table, for a diff that can be read.
+        lines = [f"@{json.dumps(line)}@" for line in result["lines"]]
+        whole["parts"][name] = {**result, "lines": lines}
+    text = json.dumps(whole, indent=1)
+    text = re.sub(r'"@(.*)@"', lambda m: json.loads(f'"{m[1]}"'), text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.child:
+        run_child(arguments.child)
+        return
+    from pytest_msprobe.compare.tolerance import default_limits
+    from pytest_msprobe.engine.trial import POWER_MULTIPLE, stated_power
+
+    found = {"parts": {}}
+    if arguments.save.is_file():
+        found = json.loads(arguments.save.read_text(encoding="utf-8"))
+    if arguments.table:
+        table(found)
+        return
+    limit = default_limits("cross", "bfloat16")["rel_l2"]
+    found |= {
+        "what": "planted faults and benign changes: what the gate said",
+        "python": platform.python_version(),
+        "power": stated_power("bfloat16"),
+        "cross_power": POWER_MULTIPLE * limit,
+    }
+    for part in arguments.parts:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            models = {
+                family: write_family(family, folder / f"model-{family}")
+                for family in arguments.families
+            }
+            for family, result in globals()[part](models, folder).items():
+                result["date"] = time.strftime("%Y-%m-%d")
+                found["parts"][f"{part}/{family}"] = result
+        save(found, arguments.save)
+        print(f"{part}: {time.monotonic() - began:.0f} s")
+    table(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes calls as they come, and knows sequences of calls that came before.
+
+While the model runs, a call costs a few list operations: where it starts and ends, and
+its values. Numbers, names and nesting follow from the sequence of starts and ends
+alone, so they are worked out once for each sequence and kept in a tree of nodes; how
+the values of a sequence are read is kept there too. Records are made when a step is
+written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
+from pytest_msprobe.model.calls import Frame, Phase, Tree
+
+if TYPE_CHECKING:
+    from pytest_msprobe.debugger.recipes import Recipe
+
+# So many sequences are remembered; where calls never repeat, memory stays bounded.
+_MOST_NODES = 4096
+
+
+class Mark:
+    """That a call of a point ends: with a result, with none, or with an exception."""
+
+    __slots__ = ("point", "way")
+
+    def __init__(self, point: "Point", way: str) -> None:
+        self.point = point
+        self.way = way
+
+
+class Point(Protocol):
+    """Something whose calls are recorded."""
+
+    @property
+    def site(self) -> CallSite:
+        """Name and numbering."""
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The module, None for a function."""
+
+    @property
+    def marks(self) -> tuple[Mark, Mark, Mark]:
+        """Its ends: with a result, with none, with an exception."""
+
+    def start(self, numbering: Numbering) -> RawCall:
+        """A numbered record of a call."""
+
+    def adjust(self, call: RawCall) -> None:
+        """Gives arguments the roles that the function knows."""
+
+
+def marks_of(point: Point) -> tuple[Mark, Mark, Mark]:
+    """Marks for a point."""
+    return Mark(point, "result"), Mark(point, "none"), Mark(point, "abort")
+
+
+class Event:
+    """A call that starts or ends.
+
+    Attributes:
+        call: Its numbered record, without values.
+        point: What is called.
+        way: `start`, or that of the mark.
+        names: Of arguments given by keyword, behind the positional ones.
+        first: First of its values among those of the node.
+        last: Behind the last of them.
+    """
+
+    __slots__ = ("call", "first", "last", "names", "point", "way")
+
+    def __init__(self, call: RawCall, point: Point, way: str) -> None:
+        self.call = call
+        self.point = point
+        self.way = way
+        self.names: tuple[str, ...] = ()
+        self.first = self.last = 0
+
+
+class Node:
+    """A sequence of starts and ends that came behind those of its parent.
+
+    Attributes:
+        events: What they were.
+        following: Sequences that came next.
+        points: What was called, in the order of starts.
+        recipes: How its values were read, by phase and rows of the step.
+        starts: Calls that had started by its end.
+    """
+
+    __slots__ = (
+        "_numbering",
+        "_open",
+        "events",
+        "following",
+        "points",
+        "recipes",
+        "starts",
+    )
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.following: dict[tuple[Any, ...], Node] = {}
+        self.points: list[Point] = []
+        self.recipes: dict[Any, Recipe] = {}
+        self.starts = 0
+        self._numbering = Numbering()
+        # Calls that run at its end, those of functions included.
+        self._open: list[Event] = []
+
+    def next(self, keys: Sequence[Any], sizes: Sequence[int]) -> "Node":
+        """The node of a sequence behind this one.
+
+        Args:
+            keys: Points where calls start, each followed by the names of its keyword
+                arguments if there are any; marks where calls end.
+            sizes: How many values there are behind each start and end.
+        """
+        node = Node()
+        node._numbering = numbering = self._numbering.copy()
+        node._open = self._open.copy()
+        node.starts = self.starts
+        first = index = 0
+        for key in keys:
+            if type(key) is tuple:
+                node.events[-1].names = key
+                continue
+            event = node._event(key, numbering)
+            event.first, event.last = first, sizes[index]
+            first, index = sizes[index], index + 1
+            node.events.append(event)
+        return node
+
+    def _event(self, key: Any, numbering: Numbering) -> Event:
+        if type(key) is not Mark:
+            event = Event(key.start(numbering), key, "start")
+            self._open.append(event)
+            self.points.append(key)
+            self.starts += 1
+            return event
+        place = len(self._open) - 1
+        while place >= 0 and self._open[place].point is not key.point:
+            place -= 1
+        if place < 0:  # it had started before anything was recorded
+            unknown = RawCall(key.point.site, 0, 0)
+            return Event(unknown, key.point, "abort")
+        call = self._open[place].call
+        del self._open[place:]
+        if call.site.is_module:
+            numbering.leave(call)
+        return Event(call, key.point, key.way)
+
+
+class Chunk:
+    """What the calls of a node held.
+
+    Attributes:
+        node: The calls.
+        phase: Part of the step in which they were.
+        nodes: Trees of all values, None where they are kept by events.
+        parameters: Of each event, those of the module that ended.
+        trees: Inputs (positional, by keyword) or outputs of each event.
+    """
+
+    __slots__ = ("node", "nodes", "parameters", "phase", "trees")
+
+    def __init__(self, node: Node, phase: Phase) -> None:
+        self.node = node
+        self.phase = phase
+        self.nodes: list[Tree] | None = None
+        self.parameters: Sequence[dict[str, Tree] | None] = ()
+        self.trees: list[Any] = []
+
+    def freeze(self) -> list[Any]:
+        """Its trees by events; they may be changed."""
+        nodes = self.nodes
+        if nodes is not None:
+            self.nodes = None
+            for event in self.node.events:
+                values = nodes[event.first : event.last]
+                if event.way != "start":
+                    self.trees.append(values)
+                    continue
+                given = len(values) - len(event.names)
+                named = dict(zip(event.names, values[given:], strict=True))
+                self.trees.append((values[:given], named))
+        return self.trees
+
+    def calls(self, running: dict[int, RawCall]) -> Iterator[RawCall]:
+        """Records of the calls that ended.
+
+        Args:
+            running: Records of calls that have started, by the id of their template;
+                changed.
+        """
+        trees = self.freeze()
+        for event, tree, parameters in zip(
+            self.node.events, trees, self.parameters, strict=True
+        ):
+            template = event.call
+            if event.way == "start":
+                call = RawCall(template.site, template.number, template.depth)
+                call.key, call.parent = template.key, template.parent
+                call.phase = self.phase
+                call.stack = template.site.stacks.get(template.number)
+                call.input_args, call.input_kwargs = tree
+                running[id(template)] = call
+                continue
+            ended = running.pop(id(template), None)
+            if ended is not None and event.way != "abort":
+                call = ended
+                call.output, call.parameters = tree, parameters
+                yield call
+
+
+class Trace:
+    """The log of the running step.
+
+    Attributes:
+        keys: As in `Node.next`, of what was noted since the log was taken.
+        sizes: As there.
+        values: Of those calls.
+        next_start: Next call that is expected to start: the one of the last step.
+    """
+
+    __slots__ = (
+        "_expected",
+        "_node",
+        "_nodes",
+        "_root",
+        "_stacks",
+        "_started",
+        "keys",
+        "next_start",
+        "sizes",
+        "values",
+    )
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = []
+        self.sizes: list[int] = []
+        self.values: list[Any] = []
+        self._root = self._node = Node()
+        self._nodes = 0
+        self._expected: list[Point] = []
+        self._started: list[Point] = []
+        self._stacks: dict[int, tuple[Frame, ...]] = {}
+        self.next_start: Callable[[], Any] = repeat(None).__next__
+
+    def begin_step(self) -> None:
+        """Nothing has been called yet."""
+        self.clear()
+        if self._nodes > _MOST_NODES:
+            self._root, self._nodes = Node(), 0
+        self._node = self._root
+        self._expected, self._started = self._started, []
+        self._stacks.clear()
+        self.next_start = chain(self._expected, repeat(None)).__next__
+
+    def clear(self) -> None:
+        """Forgets what was noted."""
+        self.keys, self.sizes, self.values = [], [], []
+
+    def add_stack(self, stack: tuple[Frame, ...]) -> None:
+        """The stack of a call that starts and was not expected."""
+        number = sum(
+            type(key) is not Mark and type(key) is not tuple for key in self.keys
+        )
+        self._stacks[len(self._started) + number] = stack
+        self.next_start = repeat(None).__next__
+
+    def take(self) -> tuple[Node, list[Any]]:
+        """The sequence noted since the last time, and its values."""
+        keys, sizes, values = self.keys, self.sizes, self.values
+        self.clear()
+        before = self._node
+        key = (*keys, *sizes)
+        node = before.following.get(key)
+        if node is None:
+            node = before.next(keys, sizes)
+            before.following[key] = node
+            self._nodes += 1
+        self._node = node
+        if self._stacks:
+            starts = (event.call for event in node.events if event.way == "start")
+            for place, call in enumerate(starts, before.starts):
+                stack = self._stacks.get(place)
+                if stack is not None:
+                    call.site.stacks.setdefault(call.number, stack)
+        self._started += node.points
+        return node, values

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts the routers of a mixture chose, as rows of their own.
+
+For the time of a capture every layer with a router has one more module, `choice`, that
+is called once the router has chosen and returns the experts of each token. Across
+numerics keys a token may be routed to others; what follows is another computation,
+and judging has to know where it began.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pytest_msprobe.debugger.collector import Collector
+
+NAME = "choice"
+# Methods that choose. The first one gives the experts as the checkpoint numbers them,
+# the second one as they lie in memory, where experts are moved between devices.
+_METHODS = ("_compute_routing", "select_experts")
+
+
+class ExpertChoice(torch.nn.Module):
+    """The experts of each token; compare/experts.py knows the class by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not as an argument: an input would be recorded, in the router's order.
+        self.ids: torch.Tensor | None = None
+
+    def forward(self) -> torch.Tensor:
+        """(tokens, experts a token), int32: in order, for their order is no choice."""
+        assert self.ids is not None
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+            return self.ids.to(torch.int32).sort(dim=-1).values
+
+
+def add_choices(
+    model: torch.nn.Module,
+    collector: Collector,
+    replace: Callable[[Any, str, Callable[..., Any]], None],
+) -> list[torch.nn.Module]:
+    """Gives every layer with a router a module that tells what it chose.
+
+    Args:
+        model: The model.
+        collector: Says whether a step is recorded, and keeps errors.
+        replace: Replaces a method of an instance until the capture ends.
+
+    Returns:
+        The layers, from which the modules are to be taken off.
+    """
+    layers = []
+    for module in list(model.modules()):
+        router = getattr(module, "router", None)
+        method = next((n for n in _METHODS if callable(getattr(router, n, None))), None)
+        if method is None or hasattr(module, NAME):
+            continue
+        choice = ExpertChoice()
+        module.add_module(NAME, choice)
+        replace(router, method, _telling(choice, collector))
+        layers.append(module)
+    return layers
+
+
+def remove_choices(layers: list[torch.nn.Module]) -> None:
+    """Takes the modules off."""
+    for layer in layers:
+        layer._modules.pop(NAME, None)  # noqa: SLF001 - there is no public way
+    layers.clear()
+
+
+def _telling(
+    choice: ExpertChoice, collector: Collector
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A hook for a method that returns weights and ids of the experts."""
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if collector.is_recording:
+                try:
+                    choice.ids = result[1]
+                    choice()
+                except Exception as error:  # noqa: BLE001 - never into the model
+                    collector.fail(error)
+                finally:
+                    choice.ids = None
+            return result
+
+        return choose
+
+    return hook
