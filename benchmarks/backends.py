@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the statistics backends: 256 MB of bfloat16, against a copy of the same.
+"""Speed of the statistics backends: 256 MB of bfloat16, and on a GPU less and more.
 
-    python benchmarks/backends.py [cpu|cuda]
+    python benchmarks/backends.py [cpu|cuda] [--save FILE]
 
 prints one JSON object: medians of seven runs, gigabytes read a second, and for a GPU
 the share of the bandwidth that a device-to-device copy reaches (it reads and writes).
+On a GPU a run is twenty launches behind each other, as a capture starts them: with a
+table that the launch writes, and no waiting; each reads other memory than the one
+before. Once with everything, once without sketch and checksum.
 """
 
+import argparse
 import datetime as dt
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +28,8 @@ from pytest_msprobe.statistics.spec import whole
 
 BYTES = 256 * 2**20
 RUNS = 7
+LAUNCHES = 20
+SIZES = (4 * 2**20, 64 * 2**20, BYTES, 1024 * 2**20)
 
 
 def seconds(action: Callable[[], object], device: str) -> float:
@@ -39,28 +46,87 @@ def seconds(action: Callable[[], object], device: str) -> float:
     return statistics.median(found[2:])
 
 
+def on_gpu(size: int) -> dict[str, float]:
+    """Microseconds of launches and of a copy, and what share of its bandwidth it is."""
+    from pytest_msprobe.statistics import cuda
+
+    inputs = [
+        torch.randn(size // 2, device="cuda").to(torch.bfloat16)
+        for _ in range(max(1, -(-BYTES // size)))
+    ]
+    target, out = torch.empty_like(inputs[0]), torch.empty((1, ROW_WIDTH)).double()
+    out = out.cuda()
+    span = whole(inputs[0].shape)
+    form = cuda.form_of(span, span.columns, 2)
+    pending = cuda.Pending(cuda.launcher(torch.device("cuda", 0)), torch.bfloat16)
+
+    def launches(*, is_complete: bool) -> None:
+        for number in range(LAUNCHES):
+            x = inputs[number % len(inputs)]
+            pending.add(x.data_ptr(), 0, form, out.data_ptr())
+            pending.launch(out.data_ptr(), is_complete=is_complete)
+
+    def copies() -> None:
+        for number in range(LAUNCHES):
+            target.copy_(inputs[number % len(inputs)])
+
+    def microseconds(action: Callable[[], object]) -> float:
+        found = []
+        for _ in range(RUNS + 2):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # noqa: SLF001
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")  # type: ignore[no-untyped-call]
+            start.record()
+            action()
+            end.record()
+            end.synchronize()
+            found.append(float(start.elapsed_time(end)) * 1e3 / LAUNCHES)
+        return statistics.median(found[2:])
+
+    copy = microseconds(copies)
+    everything = microseconds(lambda: launches(is_complete=True))
+    plain = microseconds(lambda: launches(is_complete=False))
+    return {
+        "bytes": size,
+        "copy_us": round(copy, 1),
+        "copy_terabytes_a_second": round(2 * size / copy / 1e6, 2),
+        "everything_us": round(everything, 1),
+        "share_of_copy_bandwidth": round(copy / everything / 2, 3),
+        "without_sketch_and_checksum_us": round(plain, 1),
+        "share_without_sketch_and_checksum": round(copy / plain / 2, 3),
+    }
+
+
 def main() -> int:
     """Measures one device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    device = sys.argv[1] if len(sys.argv) > 1 else default
+    parser.add_argument("device", nargs="?", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    device = arguments.device
     torch.set_num_threads(1)
     x = torch.randn(BYTES // 2 // 4096, 4096, device=device).to(torch.bfloat16)
     backend, reason = select_backend(device)
     rows = np.zeros((1, ROW_WIDTH))
     own = seconds(lambda: backend.measure(x, [[whole(x.shape)]], rows), device)
-    report = {
+    report: dict[str, object] = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "backend": reason,
         "torch": str(torch.__version__),
         "bytes": BYTES,
-        "gigabytes_a_second": round(BYTES / own / 1e9, 2),
+        "gigabytes_a_second_waited_for": round(BYTES / own / 1e9, 2),
     }
     if device == "cuda":
-        y = torch.empty_like(x)
-        copy = 2 * BYTES / seconds(lambda: y.copy_(x), device)
+        import triton
+
         report["device"] = torch.cuda.get_device_name()
-        report["share_of_copy_bandwidth"] = round(BYTES / own / copy, 3)
-    print(json.dumps(report, indent=1))
+        report["triton"] = triton.__version__
+        report["launches"] = [on_gpu(size) for size in SIZES]
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.save:
+        arguments.save.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

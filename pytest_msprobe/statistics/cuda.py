@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A kernel takes its arguments one by one, is one function, and has numbers of its own.
 # Triton reads annotations as code, so kernels have none.
-# ruff: noqa: ANN001, ANN202, FBT003, PLR0912, PLR0913, PLR0914, PLR0915, PLR0917
-# ruff: noqa: PLR2004
+# ruff: noqa: ANN001, ANN202, C901, PLR0912, PLR0913, PLR0915, PLR0917, PLR2004, SIM102
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The statistics in one pass on a GPU, as one Triton kernel.
 
@@ -33,16 +32,19 @@ from pytest_msprobe.statistics.reference import ReferenceBackend
 from pytest_msprobe.statistics.sketch import SEED
 from pytest_msprobe.statistics.spec import Span, as_rows, collapse
 
-# Blocks that a lane's words of one step are spread over, and of a program at a time.
-_WARPS = 4
-_GENERAL_TILE = 8
-# Bytes of a tile of the fast way.
-_TILE_BYTES = 4096
+# A program's warps, and the registers of a thread, so that a processor has room for two
+# programs.
+_WARPS = 8
+_REGISTERS = 128
+# Bytes that a program reads at a time.
+_TILE_BYTES = 8192
+# Blocks that it reads at a time where it takes single elements.
+_GENERAL_TILE = 16
 # Tiles of a span that one program reads, of a program of a larger one, and the most
-# programs a span has: a few for each of a large GPU's processors.
+# programs that a span has: all that run at a time on the largest GPU measured.
 _ALONE_TILES = 8
-_PART_TILES = 4
-MOST_PARTS = 512
+_PART_TILES = 5
+MOST_PARTS = 264
 # Rows of programs that are added up together.
 _GROUP = 32
 # Partial rows that a launch may leave, and numbers of each.
@@ -54,8 +56,9 @@ ENTRY = struct.Struct("<qq40sq")
 _FORM = struct.Struct("<5q")
 # A program that is not the first of its span: number of the entry, its own number.
 PART_BITS = 12
-# Entries of a half of the table.
-_HALF = 2048
+# Entries of a half of the table, and what the other programs do in the room of one.
+_HALF = 4096
+_ENTRY_NUMBERS = ENTRY.size // 4
 _PARTS = np.arange(1, MOST_PARTS + 1, dtype=np.int32)
 
 _ENTRY = tl.constexpr(ENTRY.size // 8)
@@ -196,10 +199,12 @@ def _signed(x, bits):
 @triton.jit
 def _turn_bits(bits, turn, has_two: tl.constexpr):
     """The bit at i moved to i ^ turn."""
-    crossed = ((bits >> 1) & 0x55555555) | ((bits << 1) & 0xAAAAAAAA)
+    right, left = bits >> 1, bits << 1
+    crossed = left ^ ((left ^ right) & 0x55555555)
     bits = tl.where((turn & 1) != 0, crossed, bits)
     if has_two:
-        crossed = ((bits >> 2) & 0x33333333) | ((bits << 2) & 0xCCCCCCCC)
+        right, left = bits >> 2, bits << 2
+        crossed = left ^ ((left ^ right) & 0x33333333)
         bits = tl.where((turn & 2) != 0, crossed, bits)
     return bits
 
@@ -247,16 +252,122 @@ def _load_tile(
     name = (number + row * number_step + near).to(tl.uint32, bitcast=True)
     base = _mix(name ^ above)
     shift: tl.constexpr = 28 if size == 2 else 27
-    place = q
+    at = origin + row * row_bytes + near.to(tl.int64) * (64 * size)
+    at = at.to(tl.pointer_type(tl.int64))
     if is_complete:
-        place = q ^ (base >> shift).to(tl.int32)
-    at = origin + row * row_bytes + near.to(tl.int64) * (64 * size) + place * 8
-    # Not so, but lanes that share a block must lie side by side in a warp, and this is
-    # how Triton is told; it loads no vectors, because nothing is known of `origin`.
-    at = tl.max_contiguous(at.to(tl.pointer_type(tl.int64)), [1, 2, q.shape[2]])
+        # Not so, but lanes that share a block must lie side by side in a warp, and this
+        # is how Triton is told; it loads no vectors, as nothing is known of `origin`.
+        at = tl.max_contiguous(
+            at + (q ^ (base >> shift).to(tl.int32)), [1, 2, q.shape[2]]
+        )
+    else:
+        at = tl.multiple_of(at, [16, 16, 16]) + q
     pairs = tl.load(at, mask=lane < wanted, other=0)
     # All lanes get the hash, though those of a block get the same: no exchange.
     return tl.broadcast_to(base, pairs.shape), pairs
+
+
+@triton.jit
+def _add_tile(
+    base,
+    pairs,
+    q,
+    sums,
+    powers,
+    highest,
+    lowest,
+    words_0,
+    words_1,
+    uppers_0,
+    uppers_1,
+    buckets_0,
+    buckets_1,
+    buckets_2,
+    buckets_3,
+    size: tl.constexpr,
+    value: tl.constexpr,
+    has_ptx: tl.constexpr,
+    is_complete: tl.constexpr,
+):
+    """Adds a tile to what a program's lanes have summed up."""
+    is_packed: tl.constexpr = has_ptx and size == 2
+    turn = (base >> 26).to(tl.int32)
+    low, high = pairs.to(tl.int32), (pairs >> 32).to(tl.int32)
+    if is_packed:
+        highest, lowest = _extremes(highest, lowest, low, value)
+        highest, lowest = _extremes(highest, lowest, high, value)
+    if is_complete:
+        # A bit that is set changes a sign. Those of a lane's elements are brought to
+        # places that are the same in all lanes.
+        signs_0 = ~_mix(base + 0x9E3779B9)
+        signs_1 = ~_mix(base + 0x3C6EF372)
+        is_crossed = (turn & 32) != 0
+        first = tl.where(is_crossed, signs_1, signs_0)
+        second = tl.where(is_crossed, signs_0, signs_1)
+        near: tl.constexpr = q.shape[2]
+        across: tl.constexpr = 4 if size == 2 else 2  # elements of a pair of words
+        away = (turn ^ (tl.arange(0, near)[None, None, :] * across)) & (32 - across)
+        away = away.to(tl.uint32)
+        first = (first >> away) | (first << ((32 - away) & 31))
+        second = (second >> away) | (second << ((32 - away) & 31))
+        signs = (first & 0x000F000F) | ((second & 0x000F000F) << 4)
+        signs = _turn_bits(signs, turn, size == 2)
+        part = q // near  # of a lane's four
+        up = (31 - (part & 1) * 16 - (part >> 1) * 4).to(tl.uint32)
+        is_crossed = (turn & (across // 2)) != 0
+        first = tl.where(is_crossed, high, low)
+        second = tl.where(is_crossed, low, high)
+        # The factor's halves apart: one instruction less a word.
+        first, second = (
+            first.to(tl.uint32, bitcast=True),
+            second.to(tl.uint32, bitcast=True),
+        )
+        factor = _mix(base + 0x78DDE6E4) | 1
+        words_0 += first.to(tl.int64) * factor.to(tl.int64)
+        words_1 += second.to(tl.int64) * factor.to(tl.int64)
+        factor = _mix(base + 0xDAA66D2B)
+        uppers_0 += first * factor
+        uppers_1 += second * factor
+        if size == 2:
+            low, high = _move_halves(low, high, turn & 3, has_ptx)
+        else:
+            low, high = (
+                first.to(tl.int32, bitcast=True),
+                second.to(tl.int32, bitcast=True),
+            )
+    if size == 2:
+        x_0, x_1 = _low_half(low, value), _high_half(low, value)
+        x_2, x_3 = _low_half(high, value), _high_half(high, value)
+        sums += (x_0 + x_1) + (x_2 + x_3)
+        powers += x_0 * x_0
+        powers += x_1 * x_1
+        powers += x_2 * x_2
+        powers += x_3 * x_3
+        if is_complete:
+            buckets_0 += _signed(x_0, signs << up)
+            buckets_1 += _signed(x_1, signs << (up - 1))
+            buckets_2 += _signed(x_2, signs << (up - 2))
+            buckets_3 += _signed(x_3, signs << (up - 3))
+        if not is_packed:
+            larger = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
+            smaller = tl.minimum(tl.minimum(x_0, x_1), tl.minimum(x_2, x_3))
+            highest = tl.maximum(highest, larger)
+            lowest = tl.minimum(lowest, smaller)
+    else:
+        x_0 = low.to(tl.float32, bitcast=True)
+        x_1 = high.to(tl.float32, bitcast=True)
+        sums += x_0 + x_1
+        powers += x_0 * x_0
+        powers += x_1 * x_1
+        if is_complete:
+            buckets_0 += _signed(x_0, signs << up)
+            buckets_1 += _signed(x_1, signs << (up - 1))
+        highest = tl.maximum(highest, tl.maximum(x_0, x_1))
+        lowest = tl.minimum(lowest, tl.minimum(x_0, x_1))
+    return (
+        sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+        buckets_0, buckets_1, buckets_2, buckets_3,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -397,7 +508,7 @@ def _measure_kernel(
     edge = 0
     if value is not None:
         origin = address - first_lane * size
-        is_aligned = ((origin | row_bytes) & 7) == 0
+        is_aligned = ((origin | row_bytes) & (7 if is_complete else 15)) == 0
         is_line = rows == 1
         has_whole = ((columns | index_stride | first_index) & 63) == 0
         has_whole = has_whole & (columns < 1 << 21)
@@ -435,6 +546,8 @@ def _measure_kernel(
             buckets_3 = tl.zeros([far, tile, near], tl.float32)
             words_0 = tl.zeros([far, tile, near], tl.int64)
             words_1 = tl.zeros([far, tile, near], tl.int64)
+            uppers_0 = tl.zeros([far, tile, near], tl.uint32)
+            uppers_1 = tl.zeros([far, tile, near], tl.uint32)
             is_packed: tl.constexpr = has_ptx and size == 2
             if is_packed:
                 # Two infinities.
@@ -461,80 +574,53 @@ def _measure_kernel(
                 tile, tile, size, is_complete,
             )  # fmt: skip
             done = part
-            while done < tiles:
-                done += parts
-                # The next tile is on its way while this one is added up.
+            # Two tiles by turns: the next is on its way while one is added up.
+            while done + parts < tiles:
                 block += block_step
                 is_over = block >= blocks
                 row += row_step + is_over.to(tl.int32)
                 block = tl.where(is_over, block - blocks, block)
                 next_base, next_pairs = _load_tile(
                     row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
+                    tile, tile, size, is_complete,
+                )  # fmt: skip
+                (
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                ) = _add_tile(
+                    base, pairs, q,
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                    size, value, has_ptx, is_complete,
+                )  # fmt: skip
+                done += 2 * parts
+                block += block_step
+                is_over = block >= blocks
+                row += row_step + is_over.to(tl.int32)
+                block = tl.where(is_over, block - blocks, block)
+                base, pairs = _load_tile(
+                    row, block, blocks, inverse, name, name_step, origin, row_bytes, q,
                     tl.where(done < tiles, tile, 0), tile, size, is_complete,
                 )  # fmt: skip
-
-                turn = (base >> 26).to(tl.int32)
-                low, high = pairs.to(tl.int32), (pairs >> 32).to(tl.int32)
-                if is_packed:
-                    highest, lowest = _extremes(highest, lowest, low, value)
-                    highest, lowest = _extremes(highest, lowest, high, value)
-                if is_complete:
-                    # A bit that is set changes a sign.
-                    signs_0 = ~_mix(base + 0x9E3779B9)
-                    signs_1 = ~_mix(base + 0x3C6EF372)
-                    if size == 2:
-                        is_crossed = (turn & 2) != 0
-                        signs_0 = _turn_bits(signs_0, turn, True)
-                        signs_1 = _turn_bits(signs_1, turn, True)
-                        at = q ^ (turn >> 2)
-                        signs = tl.where(at < 8, signs_0, signs_1)
-                        signs = signs << (28 - 4 * (at & 7)).to(tl.uint32)
-                    else:
-                        is_crossed = (turn & 1) != 0
-                        signs_0 = _turn_bits(signs_0, turn, False)
-                        signs_1 = _turn_bits(signs_1, turn, False)
-                        at = q ^ (turn >> 1)
-                        signs = tl.where(at < 16, signs_0, signs_1)
-                        signs = signs << (30 - 2 * (at & 15)).to(tl.uint32)
-                    first = tl.where(is_crossed, high, low)
-                    second = tl.where(is_crossed, low, high)
-                    factor = _factor_of(base)
-                    words_0 += first.to(tl.uint32, bitcast=True).to(tl.int64) * factor
-                    words_1 += second.to(tl.uint32, bitcast=True).to(tl.int64) * factor
-                    if size == 2:
-                        low, high = _move_halves(low, high, turn & 3, has_ptx)
-                    else:
-                        low, high = first, second
-                if size == 2:
-                    x_0, x_1 = _low_half(low, value), _high_half(low, value)
-                    x_2, x_3 = _low_half(high, value), _high_half(high, value)
-                    sums += (x_0 + x_1) + (x_2 + x_3)
-                    powers += x_0 * x_0
-                    powers += x_1 * x_1
-                    powers += x_2 * x_2
-                    powers += x_3 * x_3
-                    if is_complete:
-                        buckets_0 += _signed(x_0, signs << 3)
-                        buckets_1 += _signed(x_1, signs << 2)
-                        buckets_2 += _signed(x_2, signs << 1)
-                        buckets_3 += _signed(x_3, signs)
-                    if not is_packed:
-                        larger = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
-                        smaller = tl.minimum(tl.minimum(x_0, x_1), tl.minimum(x_2, x_3))
-                        highest = tl.maximum(highest, larger)
-                        lowest = tl.minimum(lowest, smaller)
-                else:
-                    x_0 = low.to(tl.float32, bitcast=True)
-                    x_1 = high.to(tl.float32, bitcast=True)
-                    sums += x_0 + x_1
-                    powers += x_0 * x_0
-                    powers += x_1 * x_1
-                    if is_complete:
-                        buckets_0 += _signed(x_0, signs << 1)
-                        buckets_1 += _signed(x_1, signs)
-                    highest = tl.maximum(highest, tl.maximum(x_0, x_1))
-                    lowest = tl.minimum(lowest, tl.minimum(x_0, x_1))
-                base, pairs = next_base, next_pairs
+                (
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                ) = _add_tile(
+                    next_base, next_pairs, q,
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                    size, value, has_ptx, is_complete,
+                )  # fmt: skip
+            if done < tiles:
+                (
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                ) = _add_tile(
+                    base, pairs, q,
+                    sums, powers, highest, lowest, words_0, words_1, uppers_0, uppers_1,
+                    buckets_0, buckets_1, buckets_2, buckets_3,
+                    size, value, has_ptx, is_complete,
+                )  # fmt: skip
 
             squares = tl.sum(powers.to(tl.float64))
             # Where something was not finite the tiles are read again.
@@ -555,6 +641,8 @@ def _measure_kernel(
                     place = tl.arange(0, far)[:, None] * near
                     place = (place + tl.arange(0, near)[None, :]) * 2
                     at = factors.to(tl.pointer_type(tl.int64)) + place
+                    words_0 += uppers_0.to(tl.int64) << 32
+                    words_1 += uppers_1.to(tl.int64) << 32
                     sums_0 = tl.sum(words_0, axis=1) * tl.load(at)
                     sums_1 = tl.sum(words_1, axis=1) * tl.load(at + 1)
                     words = tl.sum(sums_0 + sums_1)
@@ -762,7 +850,7 @@ class Launcher:
         Args:
             device: The GPU.
         """
-        self._device = device
+        self.device = device
         self._factors = torch.from_numpy(word_factors().view(np.int64)).to(device)
         # What kernels leave for each other, by stream: those of one never overlap.
         self._scratches: dict[int, tuple[Any, ...]] = {}
@@ -803,14 +891,16 @@ class Launcher:
         key = (dtype, is_complete)
         kernel = self._kernels.get(key)
         if kernel is None:
-            kernel = self._kernels[key] = _bind(_constants(dtype, is_complete))
+            kernel = self._kernels[key] = _bind(
+                _constants(dtype, is_complete=is_complete)
+            )
         kernel(programs, stream, table, parts, *scratch[:3], out, entries)
 
     def _add_scratch(self, stream: int) -> tuple[Any, ...]:
         """Addresses of factors, partial rows and counters, and what keeps them."""
         shape = (SCRATCH_ROWS, _PARTIAL_WIDTH)
-        rows = torch.empty(shape, dtype=torch.float64, device=self._device)
-        counters = torch.zeros(SCRATCH_ROWS, dtype=torch.int32, device=self._device)
+        rows = torch.empty(shape, dtype=torch.float64, device=self.device)
+        counters = torch.zeros(SCRATCH_ROWS, dtype=torch.int32, device=self.device)
         kept = (self._factors, rows, counters)
         scratch = (*(tensor.data_ptr() for tensor in kept), kept)
         self._scratches[stream] = scratch
@@ -820,8 +910,10 @@ class Launcher:
 class Pending:
     """Spans of tensors of one dtype that the next launch measures.
 
-    They stand in a table in pinned memory, which the kernel reads there; it is used in
-    two halves, and a half is written again when the kernels that read it have ended.
+    They stand in a table in pinned memory, which the kernel reads there. It reads a
+    copy on the GPU where a span has many programs: each of them would read from here.
+    The table is used in two halves, and a half is written again when the kernels that
+    read it have ended.
     """
 
     def __init__(self, start: Launcher, dtype: torch.dtype) -> None:
@@ -832,17 +924,19 @@ class Pending:
             dtype: Of the elements; one that `knows` knows.
         """
         self._launcher, self._dtype = start, dtype
-        pin = start.is_gpu
         size = 2 * _HALF * ENTRY.size
-        table = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        parts = torch.empty(2 * SCRATCH_ROWS, dtype=torch.int32, pin_memory=pin)
-        self._keep = (table, parts)
-        self._table, self._parts = memoryview(table.numpy()), parts.numpy()
-        self._table_address, self._parts_address = table.data_ptr(), parts.data_ptr()
-        self._half, self._events = 0, [None, None]
+        table = torch.empty(size, dtype=torch.uint8, pin_memory=start.is_gpu)
+        self._pinned, self._copy = table, torch.empty_like(table, device=start.device)
+        self._table = memoryview(table.numpy())  # type: ignore[arg-type]
+        self._numbers = table.numpy().view(np.int32)
+        self._address, self._copy_address = table.data_ptr(), self._copy.data_ptr()
+        self._half = 0
+        self._events: list[Any] = [None, None]
         # First entry that was not launched yet, the next one, and the half's last.
         self._first, self._next, self._end = 0, 0, _HALF
-        self._first_part, self._next_part, self._end_part = 0, 0, SCRATCH_ROWS
+        # Of the entries with more than one program: their number, programs but one.
+        self._shared: list[tuple[int, int]] = []
+        self._extra = 0
         self._partial = 0
 
     def add(self, address: int, slot: int, form: Form, out: int) -> None:
@@ -854,33 +948,23 @@ class Pending:
             form: Of the span.
             out: Address of the rows, in case the table is full.
         """
-        place = self._next
-        if place == self._end:
-            self._turn(out)
-            place = self._next
         offset, numbers, parts, partial_rows = form
-        if parts > 1:
-            parts |= self._add_parts(form, out) << 16
-            place = self._next
-        ENTRY.pack_into(
-            self._table, place * ENTRY.size, address + offset, slot, numbers, parts
-        )
-        self._next = place + 1
-
-    def _add_parts(self, form: Form, out: int) -> int:
-        """Notes a span's other programs and returns its first partial row."""
-        extra = form.parts - 1
-        if self._next_part + extra > self._end_part:
+        extra = self._extra + parts - 1
+        place = self._next
+        if place + 1 + (extra + _ENTRY_NUMBERS - 1) // _ENTRY_NUMBERS > self._end:
             self._turn(out)
-        elif self._partial + form.partial_rows > SCRATCH_ROWS:
+            place = self._next
+        elif self._partial + partial_rows > SCRATCH_ROWS:
             self.launch(out)
-        first = self._next_part
-        number = (self._next - self._first) << PART_BITS
-        np.add(_PARTS[:extra], number, out=self._parts[first : first + extra])
-        self._next_part = first + extra
-        partial = self._partial
-        self._partial = partial + form.partial_rows
-        return partial
+            place = self._next
+        if parts > 1:
+            self._shared.append((place - self._first, parts - 1))
+            self._extra += parts - 1
+            parts |= self._partial << 16
+            self._partial += partial_rows
+        at = place * ENTRY.size
+        ENTRY.pack_into(self._table, at, address + offset, slot, numbers, parts)
+        self._next = place + 1
 
     def launch(self, out: int, *, is_complete: bool = True) -> None:
         """Starts the kernel for what was noted.
@@ -889,43 +973,64 @@ class Pending:
             out: Address on the GPU of rows of 73 float64.
             is_complete: Whether sketch and checksum are wanted.
         """
-        first, first_part = self._first, self._first_part
-        entries = self._next - first
-        if not entries:
+        first, end = self._first, self._next
+        if first == end:
             return
+        entries, extra, table = end - first, self._extra, self._address
+        if extra:
+            self._write_parts()
+            table = self._copy_address
         self._launcher.launch(
             self._dtype,
-            self._table_address + first * ENTRY.size,
+            table + first * ENTRY.size,
             entries,
-            self._parts_address + first_part * 4,
-            entries + self._next_part - first_part,
+            table + end * ENTRY.size,
+            entries + extra,
             out,
             is_complete=is_complete,
         )
-        self._first, self._first_part = self._next, self._next_part
+        self._first = self._next
         self._partial = 0
+
+    def _write_parts(self) -> None:
+        """Writes what the other programs do behind the entries, and copies both."""
+        first = place = self._next * _ENTRY_NUMBERS
+        for number, extra in self._shared:
+            found = self._numbers[place : place + extra]
+            np.add(_PARTS[:extra], number << PART_BITS, out=found)
+            place += extra
+        self._shared.clear()
+        self._extra = 0
+        used = slice(self._first * ENTRY.size, place * 4)
+        self._copy[used].copy_(self._pinned[used], non_blocking=True)
+        self._next += -((first - place) // _ENTRY_NUMBERS)
 
     def _turn(self, out: int) -> None:
         """Goes on with the table's other half."""
         self.launch(out)
         half = self._half
         if self._launcher.is_gpu:
-            self._events[half] = event = torch.cuda.Event()
-            event.record()
+            self._events[half] = _recorded()
         half = self._half = 1 - half
         event = self._events[half]
         if event is not None:
             event.synchronize()
         self._first = self._next = half * _HALF
         self._end = self._next + _HALF
-        self._first_part = self._next_part = half * SCRATCH_ROWS
-        self._end_part = self._next_part + SCRATCH_ROWS
 
 
-def _constants(dtype: torch.dtype, is_complete: bool) -> dict[str, Any]:
+def _recorded() -> Any:
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _constants(dtype: torch.dtype, *, is_complete: bool) -> dict[str, Any]:
     """The kernel's arguments that it is compiled for."""
     kind = _KINDS[dtype]
-    tile = _tile_of(kind.size)
+    tile, far = _tile_of(kind.size), 4
+    if not is_complete:
+        tile, far = 2 * tile, 1
     return {
         "bits_type": kind.bits,
         "size": kind.size,
@@ -933,8 +1038,8 @@ def _constants(dtype: torch.dtype, is_complete: bool) -> dict[str, Any]:
         "has_ptx": _has_ptx(),
         "is_complete": is_complete,
         "tile": tile,
-        "near": 32 * _WARPS // tile,
-        "far": 4,
+        "near": 8 * kind.size // far,
+        "far": far,
         "general": _GENERAL_TILE,
         "group": _GROUP,
     }
@@ -963,12 +1068,15 @@ def _bind(constants: dict[str, Any]) -> Callable[..., None]:
 
     def start(programs: int, stream: int, *arguments: int) -> None:
         del stream  # the current one
-        _measure_kernel[(programs,)](*arguments, **constants, num_warps=_WARPS)
+        _measure_kernel[(programs,)](*arguments, **constants, **options)
 
+    options = {"num_warps": _WARPS}
     if is_interpreted():
         return start
     example = (*[2**40] * 6, 1)
-    kernel = _measure_kernel.warmup(*example, **constants, num_warps=_WARPS, grid=(1,))
+    if _has_ptx():
+        options["maxnreg"] = _REGISTERS
+    kernel = _measure_kernel.warmup(*example, **constants, **options, grid=(1,))
     if hasattr(kernel, "result"):
         kernel = kernel.result()
     run, values = kernel.run, tuple(constants.values())

@@ -29,6 +29,7 @@ if has_module("numba"):
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 if torch.cuda.is_available() or IS_INTERPRETED:
+    from pytest_msprobe.statistics import cuda
     from pytest_msprobe.statistics.cuda import CudaBackend
     from pytest_msprobe.statistics.queue import DeviceQueue, prepare
 
@@ -231,6 +232,75 @@ def test_backends_agree(dtype):
         if a.sketch is not None:
             assert a.squares == pytest.approx(b.squares, rel=1e-6)
             assert a.sketch == pytest.approx(b.sketch, rel=1e-4, abs=1e-2)
+
+
+# Tensors of whole and broken blocks, aligned or not: rows, columns, first column,
+# columns of the span, position of the first row, width of an unsharded row.
+FORMS = {
+    "one line": (1, 9000, 0, 9000, 0, 9000),
+    "a line that begins within a block": (9, 1000, 0, 1000, 7, 1000),
+    "rows of one block": (150, 192, 64, 64, 3, 64),
+    "rows of three blocks": (60, 256, 64, 192, 3, 192),
+    "columns of a shard": (60, 192, 64, 128, 3, 512),
+    "rows at odd addresses": (9, 1001, 1, 1000, 0, 1000),
+}
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("dtype", "form", "is_finite"),
+    [
+        *(("bfloat16", form, True) for form in FORMS),
+        ("bfloat16", "one line", False),
+        ("bfloat16", "columns of a shard", False),
+        ("float16", "one line", True),
+        ("float16", "rows of three blocks", False),
+        ("float32", "a line that begins within a block", True),
+        ("float32", "rows of three blocks", True),
+        ("float32", "one line", False),
+    ],
+)
+def test_large_tensors_of_any_form(backend, dtype, form, is_finite):
+    """However the blocks of a span lie in memory, the numbers are the reference's."""
+    rows, width, first, columns, position, whole_width = FORMS[form]
+    tensor = make_tensor(dtype, (rows, width), 11)
+    if not is_finite:
+        tensor[rows // 2, first + 3] = float("nan")
+        tensor[rows - 1, first + columns - 1] = float("-inf")
+    span = Span(0, rows, first, columns, position * whole_width, whole_width)
+
+    (found,) = numbers_of(backend, tensor, [[span]])
+    (expected,) = numbers_of(BACKENDS["reference"], tensor, [[span]])
+
+    assert (found.checksum, found.count) == (expected.checksum, expected.count)
+    assert (found.maximum, found.minimum) == (expected.maximum, expected.minimum)
+    assert (found.nan, found.negative_inf) == (expected.nan, expected.negative_inf)
+    assert found.squares == pytest.approx(expected.squares, rel=1e-6)
+    scale = max(abs(expected.sketch).max(), 1.0)
+    assert found.sketch == pytest.approx(expected.sketch, abs=1e-5 * scale)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA device here")
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [("bfloat16", 40), ("bfloat16", 3), ("int32", 3)]
+)
+def test_programs_of_a_span_add_up(monkeypatch, dtype, parts):
+    """What many programs read of a span is what one reads, and the same every time."""
+    monkeypatch.setattr(cuda, "_ALONE_TILES", 1)
+    monkeypatch.setattr(cuda, "_PART_TILES", 1)
+    monkeypatch.setattr(cuda, "MOST_PARTS", parts)
+    tensor = make_tensor(dtype, (parts + 1, 4096), 3)
+    span = rows_of(tensor.shape, 0, parts + 1, 5)
+
+    first, again = (numbers_of(BACKENDS["cuda"], tensor, [[span]])[0] for _ in "12")
+    (expected,) = numbers_of(BACKENDS["reference"], tensor, [[span]])
+
+    assert (first.checksum, first.count) == (expected.checksum, expected.count)
+    assert (first.maximum, first.minimum) == (expected.maximum, expected.minimum)
+    assert (first.total, first.squares) == (again.total, again.squares)
+    if first.sketch is not None:
+        assert first.sketch.tolist() == again.sketch.tolist()
+        assert first.sketch == pytest.approx(expected.sketch, abs=1e-2)
 
 
 def test_sum_of_squares_of_many_elements():
