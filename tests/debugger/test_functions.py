@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Level L1: which calls become rows, their names and roles."""
 
+import functools
 import inspect
 import sys
 import threading
@@ -20,6 +21,13 @@ from pytest_msprobe.debugger.functions import (
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.errors import ConfigError
+
+
+@pytest.fixture(params=[True, False], ids=["gradients", "traced"], autouse=True)
+def ways(request, monkeypatch):
+    """Calls are recorded one by one where a backward may run, else only noted."""
+    both = functools.partial(Recorder, has_gradients=request.param)
+    monkeypatch.setattr(sys.modules[__name__], "Recorder", both)
 
 
 def calls_of(function, tmp_path, model=None, **options):
@@ -70,14 +78,7 @@ def test_in_place_operator_has_its_own_name(tmp_path):
     """`a += b` and `a.add_(b)` are told apart, values before and after are kept."""
     a = torch.zeros(2)
 
-    @pytest.fixture(params=[True, False], ids=["gradients", "traced"], autouse=True)
-def ways(request, monkeypatch):
-    """Calls are recorded one by one where a backward may run, else only noted."""
-    both = functools.partial(Recorder, has_gradients=request.param)
-    monkeypatch.setattr(sys.modules[__name__], "Recorder", both)
-
-
-def run():
+    def run():
         nonlocal a
         a += 1
         a.add_(1)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who wrote a tensor's memory, and when it is measured again."""
 
+import functools
 import json
+import sys
 import threading
 
 import pytest
