@@ -367,8 +367,10 @@ class _Judge:
             verdict.structure = changes[:WORST]
 
     def _note_untold_choices(self, pairs: Pairs) -> None:
+        if self._mode == "same":
+            return
         told = tells_choices(pairs.golden), tells_choices(pairs.candidate)
-        if self._mode == "cross" and told[0] != told[1]:
+        if told[0] != told[1]:
             side = "this capture" if told[0] else "the golden"
             self._verdict.notes.append(
                 f"{side} does not tell which experts routers chose: rows behind them "
