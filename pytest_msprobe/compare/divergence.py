@@ -4,8 +4,9 @@
 Descend from the root. Inside a disagreeing call take the first disagreement among its
 children's inputs and outputs, in time order: an input means that this call's own code
 is the origin, an output means to descend into that child, none means this call. A call
-disagrees as well where something inside it does and it returns what it should. A leaf
-whose output error is below DRIFT times its input error is no origin but drift.
+disagrees as well where something inside it does and it returns what it should. A call
+whose error is below DRIFT times that of what its own code worked on (its inputs and
+what its children had returned) is no origin but drift.
 
 An input that is, bit by bit, what a call inside the same parent returned whose own rows
 are not judged (ignored, renamed, new) was brought in by that call.
@@ -167,15 +168,15 @@ class Search:
             node = child
         if node == ROOT:
             return None
-        has_children = bool((self._parents == node).any())
         before, after = self._input_error[node], self._output_error[node]
-        if not has_children and after < DRIFT * before:
-            return self._drift(node)
+        finding = self._worst_output(node)
+        if after < DRIFT * self._worked_on(node, node):
+            return self._drift(node, finding)
         return Divergence(
             "origin",
             self._name(node),
             self._module(node),
-            finding=self._worst_output(node),
+            finding=finding,
             input_error=portable(before),
             output_error=portable(after),
         )
@@ -239,6 +240,8 @@ class Search:
                 output_error=portable(self._input_error[child]),
             )
         before = 0.0 if node == ROOT else self._input_error[node]
+        if self._input_error[child] < DRIFT * self._worked_on(node, child):
+            return self._drift(child, self._errors.finding(row))
         return Divergence(
             kind,
             self._name(node),
@@ -248,6 +251,19 @@ class Search:
             input_error=portable(before),
             output_error=portable(self._input_error[child]),
         )
+
+    def _worked_on(self, node: int, end: int) -> float:
+        """Largest error of what a call's own code has worked on before another one.
+
+        Args:
+            node: The call, ROOT for the code around all modules.
+            end: One of its children, or itself for all of them.
+        """
+        steps = self._pairs.candidate.steps
+        children = np.flatnonzero(self._parents[:end] == node)
+        children = children[steps[children] == steps[end]]
+        own = 0.0 if node == ROOT else self._input_error[node]
+        return float(max(self._output_error[children].max(initial=0.0), own))
 
     def _has_before(self, call: int) -> bool:
         """Whether another call has ended before one in the same step."""
@@ -283,22 +299,27 @@ class Search:
             return None if self._is_judged[other] else int(call)
         return None
 
-    def _drift(self, leaf: int) -> Divergence:
-        """No single call: names the leaf whose error grew most, up to this one."""
+    def _drift(self, last: int, finding: Finding) -> Divergence:
+        """No single call: names the leaf whose error grew most, up to this one.
+
+        Args:
+            last: The call.
+            finding: The row that is outside its limits there.
+        """
         is_leaf = np.ones(len(self._calls), dtype=np.bool_)
         is_leaf[self._parents[self._parents != ROOT]] = False
-        before = self._input_error[: leaf + 1]
-        after = self._output_error[: leaf + 1]
+        before = self._input_error[: last + 1]
+        after = self._output_error[: last + 1]
         with np.errstate(invalid="ignore"):
             growth = after - before
-        growth[~(is_leaf[: leaf + 1] & np.isfinite(after))] = -np.inf
+        growth[~(is_leaf[: last + 1] & np.isfinite(after))] = -np.inf
         best = int(growth.argmax())
-        best = best if np.isfinite(growth[best]) else leaf
+        best = best if np.isfinite(growth[best]) else last
         return Divergence(
             "drift",
             self._name(best),
             self._module(best),
-            finding=self._worst_output(leaf),
+            finding=finding,
             input_error=portable(self._input_error[best]),
             output_error=portable(self._output_error[best]),
         )

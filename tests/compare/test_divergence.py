@@ -218,3 +218,28 @@ def test_parent_that_hands_on_another_childs_output_is_named():
 
     assert (divergence.module, divergence.handed_to) == ("m", "")
     assert divergence.between == captures.module("m.c")
+
+
+@pytest.mark.parametrize("has_next", [False, True])
+def test_code_that_only_adds_up_errors_is_no_origin(has_next):
+    """A sum may be outside its limits where its terms are not: drift, not its fault."""
+    w, v, noise = GENERATOR.standard_normal((3, 4, 32))
+
+    def model(size):
+        error = size * np.sqrt(5) * noise
+        a, b = v + 2 * w + error, v - 2 * w + error
+        added = a + b
+        last = [(captures.module("m.c"), 1, {"input_args.0": added}, {"output.0": v})]
+        calls = [
+            (captures.module("m.a"), 1, {}, {"output.0": a}),
+            (captures.module("m.b"), 1, {}, {"output.0": b}),
+            *(last if has_next else []),
+            (captures.module("m"), 0, {}, {"output.0": v if has_next else added}),
+        ]
+        return captures.capture(calls)
+
+    verdict = verdict_of(model(0), model(7e-4))
+
+    assert verdict.failed == 1
+    assert verdict.divergence.kind == "drift"
+    assert verdict.divergence.module in ("m.a", "m.b")

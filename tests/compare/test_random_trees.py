@@ -101,6 +101,19 @@ def test_the_fault_is_named_across_keys(plant):
     assert (divergence.kind, divergence.module) == ("origin", fault[0])
 
 
+@settings(max_examples=150, deadline=None)
+@given(TREES, st.floats(0.5e-3, 0.1))
+def test_noise_accuses_no_parent(tree, noise):
+    """Where every leaf is a bit off, code that only adds up is no origin."""
+    golden = Run(tree).capture
+    candidate = Run(tree, noise=noise).capture
+
+    divergence = judge(golden, candidate).verdict.divergence
+
+    if divergence is not None:
+        assert dict(paths_of(tree))[divergence.module] == 0, divergence
+
+
 @settings(max_examples=100, deadline=None)
 @given(planted())
 def test_a_fault_in_a_module_that_is_not_judged_is_named(plant):
