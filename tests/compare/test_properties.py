@@ -259,11 +259,9 @@ def counts_of(golden, candidate):
 @MANY
 @given(random_captures.plans(), st.booleans())
 def test_steps_that_requests_share_or_not_change_no_verdict_across_keys(plan, changed):
-    """Requests in one step or each in its own: the same rows are judged the same.
-
-    Across keys limits do not depend on the scheduling. Rows without a token dimension
-    do: they are of a step.
-    """
+    """Requests in one step or each in its own: the same rows are judged the same."""
+    # Across keys limits do not depend on the scheduling. Rows without a token
+    # dimension do: they are of a step.
     parts = [p for p in plan["calls"] if plan["forms"][p] != [""]]
     plan = {**plan, "calls": parts, "changed": plan["changed"] & set(parts)}
     golden = random_captures.build(plan, is_changed=False, key="cpu-other")
