@@ -408,6 +408,7 @@ def judge_sets(old, new):
     from pytest_msprobe.compare.judge import judge, measure_noise
     from pytest_msprobe.compare.ranks import combine_ranks
     from pytest_msprobe.dump.capture import read_capture
+    from pytest_msprobe.model.verdict import portable
 
     goldens, candidates = ([read_capture(Path(p)) for p in side] for side in (old, new))
     golden, candidate = goldens[0], candidates[0]
@@ -424,7 +425,7 @@ def judge_sets(old, new):
     )
     return {
         "greatest": {
-            metric: float(errors[is_float].max(initial=0.0))
+            metric: portable(errors[is_float].max(initial=0.0))
             for metric, errors in noise.errors.items()
         },
         "logprob": float(verdict.tokens.largest),
@@ -460,55 +461,111 @@ def print_benign(family, lines, name):
     sys.stdout.flush()
 
 
-def summary(lines, power):
-    """Counts of faults: above the power, caught, named right."""
+def counts(lines, power):
+    """Cells of a table: tried, above the power, caught, named right."""
     above = [line for line in lines if float(line["moved"]) >= power]
     caught = [line for line in above if line["is_caught"]]
     right = [line for line in caught if line["is_right"]]
-    return len(above), len(caught), len(right)
+    cells = [str(len(lines)), str(len(above))]
+    for found, of in ((caught, above), (right, above)):
+        share = f" ({100 * len(found) / len(of):.1f} %)" if of else ""
+        cells.append(f"{len(found)}{share}")
+    return " | ".join(cells)
+
+
+def print_faults(found, part, power):
+    """Tables of planted faults, by family and level, and by kind."""
+    by_family = {
+        family: found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+        for family in FAMILIES
+    }
+    lines = [line for family in by_family.values() for line in family]
+    columns = "planted | above the power | caught | named right"
+    print(f"\n{part}, power {power:g}\n\n| family | level | {columns} |")
+    print("| --- " * 6 + "|")
+    for family, own in by_family.items():
+        for level in LEVELS:
+            chosen = [line for line in own if line["level"] == level]
+            if chosen:
+                print(f"| {family} | {level} | {counts(chosen, power)} |")
+    print(f"| all | | {counts(lines, power)} |")
+    print(f"\n| fault | size | {columns} |")
+    print("| --- " * 6 + "|")
+    for fault, size in dict.fromkeys((n["fault"], n["size"]) for n in lines):
+        chosen = [n for n in lines if (n["fault"], n["size"]) == (fault, size)]
+        print(f"| `{fault}` | {size:g} | {counts(chosen, power)} |")
+    for title, is_listed in (
+        ("not caught", lambda n: float(n["moved"]) >= power and not n["is_caught"]),
+        (
+            "named elsewhere",
+            lambda n: (
+                n["is_caught"] and not n["is_right"] and float(n["moved"]) >= power
+            ),
+        ),
+    ):
+        chosen = [
+            f"- {family}, {line['level']}: {describe(line)}"
+            for family, own in by_family.items()
+            for line in own
+            if is_listed(line)
+        ]
+        print(f"\n{title}: {len(chosen)}", *chosen, sep="\n")
+    below = [n for n in lines if float(n["moved"]) < power]
+    caught = sum(n["is_caught"] for n in below)
+    print(f"\nbelow the power: {len(below)}, of them caught: {caught}")
+    clean = [
+        line
+        for family in FAMILIES
+        for line in found["parts"].get(f"{part}/{family}", {}).get("clean", [])
+    ]
+    red = [line for line in clean if not line[1]]
+    print(f"clean captures between them: {len(clean)}, red: {len(red)}", *red, sep="\n")
+
+
+def print_alarms(found):
+    """The table of benign changes."""
+    print("\n| change | families | judged | bits differ | red | rel_l2 | logprob |")
+    print("| --- " * 7 + "|")
+    total = Counter()
+    groups = {"dense": FAMILIES[:2], "experts": FAMILIES[2:]}
+    for name in BENIGN:
+        for title, families in groups.items():
+            chosen = [
+                line
+                for family in families
+                for line in found["parts"].get(f"benign/{family}", {}).get("lines", [])
+                if line["change"] == name
+            ]
+            if not chosen:
+                continue
+            unequal = sum(line["equal"] < line["judged"] for line in chosen)
+            red = sum(not line["is_green"] for line in chosen)
+            error = max(float(line["greatest"]["rel_l2"]) for line in chosen)
+            logprob = max(line["logprob"] for line in chosen)
+            numbers = f"{len(chosen)} | {unequal} | {red} | {error:.2g} | {logprob:.2g}"
+            print(f"| {name} | {title} | {numbers} |")
+            kind = f"{title} {chosen[0]['mode']}"
+            total.update({f"{kind} judged": len(chosen), f"{kind} unequal": unequal})
+            total.update({f"{kind} red": red})
+    print(dict(total))
 
 
 def table(found):
     """Prints what is saved."""
-    for part, power in (("faults", found["power"]), ("cross", found["cross_power"])):
-        print(f"\n{part}: family, level: above the power, caught, named right")
-        total = Counter()
-        for family in FAMILIES:
-            lines = found["parts"].get(f"{part}/{family}", {}).get("lines", [])
-            for level in LEVELS:
-                chosen = [line for line in lines if line["level"] == level]
-                if chosen:
-                    counts = summary(chosen, power)
-                    total.update(dict(enumerate(counts)))
-                    print(f"| {family} | {level} | {len(chosen)} | {counts} |")
-        print(dict(total))
-        for family in FAMILIES:
-            for line in found["parts"].get(f"{part}/{family}", {}).get("lines", []):
-                if float(line["moved"]) >= power and not line["is_right"]:
-                    print(f"  {family} {line['level']} {describe(line)}")
-    print("\nbenign: change: judged, unequal, red")
-    totals = Counter()
-    for name in BENIGN:
-        chosen = [
-            line
-            for family in FAMILIES
-            for line in found["parts"].get(f"benign/{family}", {}).get("lines", [])
-            if line["change"] == name
-        ]
-        unequal = sum(line["equal"] < line["judged"] for line in chosen)
-        red = sum(not line["is_green"] for line in chosen)
-        totals.update(judged=len(chosen), unequal=unequal, red=red)
-        print(f"| {name} | {len(chosen)} | {unequal} | {red} |")
-    print(dict(totals))
+    print_faults(found, "faults", found["power"])
+    print_faults(found, "cross", found["cross_power"])
+    print_alarms(found)
 
 
 def describe(line):
-    what = "named" if line["is_caught"] else "NOT CAUGHT"
-    return (
-        f"{line['fault']} {line['size']:g} in {line['guilty']} ({line['called']}): "
-        f"moved {float(line['moved']):.2g}, {what} {line['named']} {line['call']} "
-        f"{line['divergence']} {line['metric']}"
+    """A fault and what was said of it."""
+    text = (
+        f"`{line['fault']}` {line['size']:g} in `{line['called']}` moved "
+        f"{float(line['moved']):.2g}"
     )
+    if not line["is_caught"]:
+        return text
+    return f"{text}, named `{line['named'] or line['call']}` ({line['divergence']})"
 
 
 def save(found, path):
