@@ -96,6 +96,7 @@ class Collector:
         generation: How many steps have begun.
         mode: Sees the functions of the thread in which it is entered; None for none.
         has_regions: Calls may be made by others than modules.
+        has_steady_stacks: Whether calls of one name come from the same place each step.
         region: Stands for the parent of calls that no module makes, empty for none.
         backward: Records gradients, None where there are none to record.
         bench: An earlier dump that calls are held against, None for none.
@@ -107,6 +108,7 @@ class Collector:
 
     keeps_weights = False
     has_regions = False
+    has_steady_stacks = True
     region = ""
     _is_trying = False
 
@@ -198,6 +200,7 @@ class Collector:
             and self._reads_inputs
             and self.selection.is_trivial
             and not self.has_regions
+            and (self.has_steady_stacks or not self._keeps_stacks)
             and self.backward is None
             and self.bench is None
             and self.loader is None
@@ -865,11 +868,14 @@ class Collector:
                 self._define(item)
 
     def take_stack(self, call: RawCall, frame: FrameType | None) -> None:
-        """Keeps the call's stack, taken when a call of that name is first made."""
+        """Keeps the call's stack.
+
+        Where `has_steady_stacks` it is that of the first call of its name.
+        """
         if self.config.extra_info:
             stacks = call.site.stacks
             stack = stacks.get(call.number)
-            if stack is None:
+            if stack is None or not self.has_steady_stacks:
                 stack = stacks[call.number] = capture_stack(frame, self._frame_limit)
             call.stack = stack
 

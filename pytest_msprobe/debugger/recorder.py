@@ -154,7 +154,8 @@ class Recorder:
             is_deferred: Write the steps when recording has ended, so that writing does
                 not slow the model; else each step is written when it has ended: before
                 its results leave the process, or by a thread (async_dump).
-            has_gradients: Whether a backward may run; engines have none.
+            has_gradients: Whether a backward may run, and calls may come from other
+                places at each step; engines have neither.
         """
         self.config = config
         self.folder = dump_path
@@ -164,6 +165,7 @@ class Recorder:
         self.collector.keeps_weights = not has_gradients and config.measure_once
         if has_gradients and config.has_backward:
             self.collector.backward = Backward(self.collector)
+        self.collector.has_steady_stacks = not has_gradients
         self._regions = None
         if has_gradients and config.level == "mix":
             self._regions = Regions(self.collector)

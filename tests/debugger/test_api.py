@@ -810,3 +810,31 @@ def test_a_forked_process_may_have_an_object_of_its_own(tmp_path):
     debugger.step()
     assert names(own) == names(tmp_path)
     assert len(names(own)) > 10
+
+
+# Stacks ------------------------------------------------------------------------
+
+
+def here(x):
+    """Calls from one place."""
+    return torch.exp(x)
+
+
+def there(x):
+    """Calls from another place."""
+    return torch.exp(x)
+
+
+def test_every_step_has_stacks_of_its_own(tmp_path):
+    """A call of the same name from elsewhere has the stack of that place."""
+    debugger = made(tmp_path, level="L1")
+    for function in (here, there):
+        debugger.start()
+        function(torch.ones(1))
+        debugger.stop()
+        debugger.step()
+
+    for step, name in ((0, "here"), (1, "there")):
+        (rank,) = (tmp_path / "dump" / f"step{step}").iterdir()
+        ((_, lines),) = json.loads((rank / "stack.json").read_text()).values()
+        assert f"in {name}," in lines[0]
