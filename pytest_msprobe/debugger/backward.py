@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from pytest_msprobe.debugger.calls import MAX_DEPTH
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.raw import CallSite, RawCall
 
@@ -288,16 +289,18 @@ def _behind(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Any, depth: int = 0) -> list[torch.Tensor]:
     """The tensors of a result, nested ones included, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if depth >= MAX_DEPTH:
+        return []
     items: Any = ()
     if isinstance(value, dict):
         items = value.values()
     elif isinstance(value, list | tuple):
         items = value
-    return [tensor for item in items for tensor in _tensors(item)]
+    return [tensor for item in items for tensor in _tensors(item, depth + 1)]
 
 
 _CLIPPING = "clip_grad_norm_"

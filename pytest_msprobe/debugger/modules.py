@@ -79,18 +79,21 @@ class ModuleWrappers:
         self.roots = root_models(model)
         self._originals: list[tuple[torch.nn.Module, object, object]] = []
         self.recorded: set[int] = set()
+        self._is_installed = False
 
     def install(
         self, *, has_modules: bool, others: Collection["ModuleWrappers"] = ()
     ) -> None:
         """Wraps every submodule and notes where the model's forward begins.
 
+        Called again, it wraps what has joined the model since.
+
         Args:
             has_modules: Whether calls of modules are recorded; else only the place
                 where the forward begins is noted.
             others: Wrappers of other models; what they have is not wrapped again.
         """
-        known: set[int] = set().union(*(other.recorded for other in others))
+        known: set[int] = self.recorded.union(*(other.recorded for other in others))
         marked = {id(root) for other in others for _, root in other.roots}
         sizes: set[int] = set()
         for module, paths in module_paths(self.roots).values():
@@ -103,8 +106,9 @@ class ModuleWrappers:
                     prefix = f"Module.{paths[0]}.{type(module).__name__}"
                     self._collector.backward.watch_parameters(module, prefix)
         for index, (_, root) in enumerate(self.roots):
-            if id(root) not in marked:
+            if id(root) not in marked and not self._is_installed:
                 self._wrap(root, self._mark_forward(root, is_counted=index == 0))
+        self._is_installed = True
         self._collector.model_dimensions |= sizes
 
     def install_one(self, name: str) -> None:

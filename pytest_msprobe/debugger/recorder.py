@@ -230,12 +230,15 @@ class Recorder:
             )
             raise CaptureError(message, slug="no-model", hint="use start(model=...)")
         key = tuple(id(root) for _, root in roots)
-        if model is not None and key not in self._wrappers:
-            others = list(self._wrappers.values())
-            self._wrappers[key] = wrappers = ModuleWrappers(self.collector, model)
+        if model is not None:
+            wrappers = self._wrappers.get(key)
+            others = [other for other in self._wrappers.values() if other != wrappers]
+            if wrappers is None:
+                self._wrappers[key] = wrappers = ModuleWrappers(self.collector, model)
+                for _, root in roots:
+                    self.collector.add_constants(root.parameters())
+                    self.collector.add_constants(root.buffers())
             for _, root in roots:
-                self.collector.add_constants(root.parameters())
-                self.collector.add_constants(root.buffers())
                 self.collector.add_modules(root.modules())
             wrappers.install(has_modules=self.config.has_modules, others=others)
         if self._watch is None:

@@ -20,9 +20,9 @@ def file_name(call: str, slot: str) -> str:
     """
     side, _, rest = slot.partition(".")
     side = {"input_args": "input", "input_kwargs": "kwargs"}.get(side, side)
-    # Keys of dictionaries may hold anything; a file name may not.
-    rest = rest.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
-    return f"{call}.{side}.{rest}.pt" if rest else f"{call}.{side}.pt"
+    name = f"{call}.{side}.{rest}.pt" if rest else f"{call}.{side}.pt"
+    # Keys of dictionaries and names of modules may hold anything; a file name may not.
+    return name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
 
 
 def save_tensor(folder: Path, name: str, tensor: "torch.Tensor") -> str | None:
@@ -48,7 +48,7 @@ def save_tensor(folder: Path, name: str, tensor: "torch.Tensor") -> str | None:
         if plain.layout is torch.strided:
             plain = plain.contiguous()
         torch.save(plain, content)
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
         return None  # a kind that cannot be saved; its row says so by the missing name
     _write(folder, name, content)
     return name
@@ -84,7 +84,10 @@ def save_array(
 
 
 def _is_possible(name: str) -> bool:
-    return len(name.encode()) <= _LONGEST_NAME
+    try:
+        return len(name.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def _write(folder: Path, name: str, content: io.BytesIO) -> None:

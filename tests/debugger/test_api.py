@@ -353,6 +353,26 @@ def test_a_model_that_joins_a_list_is_recorded(tmp_path):
     assert names(tmp_path) == ["Module.1.0.Tanh.forward.0"]
 
 
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_layers_that_join_a_model_are_recorded(tmp_path, level):
+    """A layer that replaced another one, or was added, is met by the next start."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    debugger = made(tmp_path, level=level)
+    for _ in range(2):
+        debugger.start(model=model, token_range=[0, 0])
+        model(torch.ones(1, 2))
+        debugger.stop()
+        debugger.step()
+        model[0] = torch.nn.Linear(2, 2)
+        model.append(torch.nn.Tanh())
+
+    assert [name for name in names(tmp_path, 1) if "Module" in name] == [
+        "Module.0.Linear.forward.0",
+        "Module.1.ReLU.forward.0",
+        "Module.2.Tanh.forward.0",
+    ]
+
+
 def test_a_part_of_a_model_given_before_is_recorded_once(tmp_path):
     """Modules keep the name that the first start gave them; others join them."""
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Tanh()), torch.nn.ReLU())

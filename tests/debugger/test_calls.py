@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pytest_msprobe import PrecisionDebugger
 from pytest_msprobe.config.debugger_config import DebuggerConfig
@@ -246,6 +247,55 @@ def test_any_tensor_is_saved_or_has_no_file(tmp_path, name, tensor):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates quantized ones
             assert torch.load(files[file]).dtype == tensor.dtype
+
+
+def test_a_list_that_holds_itself_is_cut_off(tmp_path):
+    """Neither arguments nor results without an end stop the recording."""
+    endless = []
+    endless.append(endless)
+
+    class Gives(torch.nn.Module):
+        def forward(self, x):
+            return endless, x * 2
+
+    model = torch.nn.Sequential()
+    model.m = Gives()
+    debugger = PrecisionDebugger(dump_path=str(tmp_path), level="mix")
+    debugger.start(model=model)
+    model.m(torch.ones(2, requires_grad=True))
+    debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+
+    assert debugger.error is None
+    (path,) = tmp_path.rglob("dump.json")
+    assert f"nested deeper than {MAX_DEPTH}" in path.read_text()
+
+
+def test_names_of_modules_of_any_kind_are_names_of_files(tmp_path):
+    """A slash in a module's name is no folder."""
+    model = torch.nn.Sequential()
+    model.add_module("a/b", torch.nn.Identity())
+    debugger = PrecisionDebugger(dump_path=str(tmp_path), task="tensor", level="L0")
+    debugger.start(model=model)
+    model(torch.ones(2))
+    debugger.stop()
+    debugger.step()
+    PrecisionDebugger.reset()
+
+    assert debugger.error is None
+    assert sorted(path.name for path in tmp_path.rglob("*.pt")) == [
+        f"Module.a%2Fb.Identity.forward.0.{side}.0.pt" for side in ("input", "output")
+    ]
+
+
+def test_fake_tensors_have_no_file(tmp_path):
+    """Tensors without data are recorded without any."""
+    with FakeTensorMode():
+        files, entry = saved(tmp_path, torch.ones(2))
+
+    assert not files
+    assert entry["input_args"][0]["type"].endswith("FakeTensor")
 
 
 def test_arrays_of_numpy_are_saved(tmp_path):
