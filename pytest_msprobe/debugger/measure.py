@@ -328,10 +328,13 @@ class Measurer:
         self._unlaunched.add(storage)
         key = id(tensor) if self._is_once else -1 - self.measured_rows
         if key not in self.seen:  # else it was divided otherwise
-            self._seen_bytes += plan.elements * plan.size
-            if self._seen_bytes > self._held_bytes:
-                self.forget()
+            size = plan.elements * plan.size
+            if size > self._held_bytes:
+                self.launch()
                 return measured
+            if self._seen_bytes + size > self._held_bytes:
+                self.forget()
+            self._seen_bytes += size
             keys = self.seen_storages.get(storage)
             if keys is None:
                 self.seen_storages[storage] = [key]
@@ -387,7 +390,7 @@ class Measurer:
         if self.seen:
             self.seen.clear()
             self.seen_storages.clear()
-            self._seen_bytes = 0
+        self._seen_bytes = 0
 
     def release(self, storage: int) -> None:
         """A storage is about to be written: its tensors are measured, and forgotten.

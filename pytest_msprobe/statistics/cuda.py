@@ -860,6 +860,7 @@ class Launcher:
         if self.is_gpu:
             is_named = device.index is not None
             self._index = device.index if is_named else torch.cuda.current_device()
+            self._stream_of = triton.runtime.driver.active.get_current_stream
 
     def launch(
         self,
@@ -886,7 +887,7 @@ class Launcher:
         """
         stream = 0
         if self.is_gpu:
-            stream = triton.runtime.driver.active.get_current_stream(self._index)
+            stream = self._stream_of(self._index)
         scratch = self._scratches.get(stream) or self._add_scratch(stream)
         key = (dtype, is_complete)
         kernel = self._kernels.get(key)
