@@ -354,7 +354,7 @@ def summarize(samples):
 
 
 def run(arguments):
-    """Replies by variant and kind of step, and what they were measured with."""
+    """After each round, replies by variant and kind of step, and what was measured."""
     tools = {"off": ("none", "off"), "stance": ("stance", "stance")}
     tools |= {name: ("ours", name) for name in ("idle", *arguments.variants)}
     if arguments.msprobe:
@@ -372,9 +372,14 @@ def run(arguments):
             for name, (tool, variant) in tools.items():
                 reply = children[tool].ask(variant=variant, what=what, number=number)
                 samples.setdefault((name, what, number), []).append(reply)
+        yield samples, children["none"].facts
     for child in children.values():
         child.close()
-    return samples, children["none"].facts
+
+
+def save(arguments, result):
+    if arguments.save:
+        arguments.save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main():
@@ -382,20 +387,19 @@ def main():
     if arguments.child:
         serve(arguments)
         return
-    samples, with_what = run(arguments)
-    result = {
-        "model": arguments.shape or Path(arguments.model).name,
-        **with_what,
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": arguments.rounds,
-        "rows": summarize(samples),
-    }
+    for number, (samples, with_what) in enumerate(run(arguments), 1):
+        result = {
+            "model": arguments.shape or Path(arguments.model).name,
+            **with_what,
+            "date": time.strftime("%Y-%m-%d"),
+            "rounds": number,
+            "rows": summarize(samples),
+        }
+        save(arguments, result)  # whatever becomes of the next round
     print("| " + " | ".join(result["rows"][0]) + " |")
     print("| --- " * len(result["rows"][0]) + "|")
     for row in result["rows"]:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    if arguments.save:
-        arguments.save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
