@@ -195,6 +195,10 @@ def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[str, int, Tensor
             yield name, step, capture.tensors[number]
 
 
+def _shown(limits: dict[str, float]) -> str:
+    return ", ".join(f"{metric} {limits[metric]:g}" for metric in LIMIT_NAMES)
+
+
 def chain(
     capture: CaptureFile,
     rules: Sequence[Rule],
@@ -205,8 +209,10 @@ def chain(
     """The rules that a row's limits come from, in their order, and its noise."""
     dtype = str(capture.header.signature.get("model", {}).get("dtype", ""))
     limits = default_limits("cross" if mode == "cross" else "same", dtype)
-    shown = ", ".join(f"{metric} {limits[metric]:g}" for metric in LIMIT_NAMES)
-    yield f"default: {shown}"
+    yield f"default: {_shown(limits)}"
+    if mode == "same":
+        limits = default_limits("same", dtype, is_rescheduled=True)
+        yield f"default, where it was scheduled differently: {_shown(limits)}"
     for rule in rules:
         if rule.mode in (None, mode) and matching(rule, [name])[0]:
             yield f"{rule.origin}: {describe_rule(rule)}"
