@@ -229,6 +229,7 @@ def compare(golden, candidate):
         "attention": candidate.header.provenance["attention"],
         "rows": noise.judged,
         "unequal": len(rows),
+        "rerouted": noise.rerouted,
         "integers": [n for n, f in zip(names, is_float, strict=True) if not f][:5],
         "metrics": found,
         "logprob": float(noise.tokens.largest),

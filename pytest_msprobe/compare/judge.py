@@ -138,6 +138,7 @@ class Noise:
         limits: (n,) by metric, what the rules allow.
         judged: Rows that would be judged.
         tokens: How the tokens moved.
+        rerouted: Rows not judged because a router of a mixture chose other experts.
     """
 
     pairs: Pairs
@@ -146,6 +147,7 @@ class Noise:
     limits: dict[str, npt.NDArray[np.float64]]
     judged: int
     tokens: TokenDifference
+    rerouted: int = 0
 
 
 def measure_noise(
@@ -165,7 +167,9 @@ def measure_noise(
     rows, relative = errors.relative(masks.judged)
     allowed = {metric: limits.limits[metric][rows] for metric in ROW_METRICS}
     judged = int(masks.judged.sum())
-    return Noise(pairs, rows, relative, allowed, judged, verdict.tokens)
+    return Noise(
+        pairs, rows, relative, allowed, judged, verdict.tokens, verdict.rerouted
+    )
 
 
 @dataclass(slots=True)

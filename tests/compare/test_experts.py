@@ -8,7 +8,7 @@ from captures import KEY, OTHER_KEY, capture, module, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.judge import judge, measure_noise
 from pytest_msprobe.dump.capture import StepLine
 from pytest_msprobe.model.names import CHOICE_CLASS
 
@@ -133,6 +133,17 @@ def test_other_choices_under_other_scheduling_are_excused():
 
     assert verdict.status == "changed"
     assert verdict.rerouted == _rows(1, "0.g1")
+
+
+def test_noise_is_measured_without_what_depends_on_other_choices():
+    """What is not judged is no noise either, and is counted."""
+    golden = mixture(key=OTHER_KEY)
+    candidate = mixture(off=behind(1, "0.first"), others={(1, "0.first")})
+
+    noise = measure_noise(golden, candidate)
+
+    assert len(noise.rows) == 0
+    assert noise.rerouted == _rows(1, "0.first")
 
 
 def test_tokens_are_judged_behind_other_choices():
