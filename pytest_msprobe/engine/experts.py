@@ -51,11 +51,13 @@ def add_choices(
         The layers, from which the modules are to be taken off.
     """
     layers = []
+    hooked: set[int] = set()
     for module in list(model.modules()):
         router = getattr(module, "router", None)
         method = next((n for n in _METHODS if callable(getattr(router, n, None))), None)
-        if method is None or hasattr(module, NAME):
-            continue
+        if method is None or id(router) in hooked or hasattr(module, NAME):
+            continue  # vLLM's layers and what runs them may share a router
+        hooked.add(id(router))
         choice = ExpertChoice()
         module.add_module(NAME, choice)
         replace(router, method, _telling(choice, collector))

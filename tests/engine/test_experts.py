@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts routers chose: the hooks, on routers of several kinds. No engine."""
+
+import types
+
+import pytest
+import torch
+
+from pytest_msprobe.engine.experts import NAME, add_choices, remove_choices
+
+IDS = torch.tensor([[3, 1], [0, 2]], dtype=torch.int64)
+CHOSEN = (torch.ones(2, 2), IDS)
+
+
+class Collector:
+    """Says whether something is recorded, and keeps what went wrong."""
+
+    def __init__(self, *, is_recording=True):
+        self.is_recording = is_recording
+        self.error = None
+
+    def fail(self, error):
+        self.error = error
+
+
+def router(method, result=CHOSEN):
+    """An object that chooses by a method."""
+    return types.SimpleNamespace(**{method: lambda *_args, **_kwargs: result})
+
+
+def replace(owner, name, hook):
+    """Replaces a method for good."""
+    setattr(owner, name, hook(getattr(owner, name)))
+
+
+def layers(*routers):
+    """A model with a layer a router."""
+    model = torch.nn.Module()
+    for number, item in enumerate(routers):
+        layer = torch.nn.Module()
+        layer.router = item
+        model.add_module(str(number), layer)
+    return model
+
+
+def chosen(layer):
+    """What the layer's module gives when it is called, noted."""
+    noted = []
+    layer.choice.register_forward_hook(lambda _m, _args, out: noted.append(out))
+    return noted
+
+
+@pytest.mark.parametrize("method", ["_compute_routing", "select_experts"])
+def test_choices_are_told_in_order(method):
+    """Whatever method chooses, its ids are given in ascending order; it is kept."""
+    item = router(method)
+    model = layers(item)
+    found = add_choices(model, Collector(), replace)
+    noted = chosen(found[0])
+
+    weights, ids = getattr(item, method)("states", router_logits=None)
+
+    assert torch.equal(noted[0], torch.tensor([[1, 3], [0, 2]], dtype=torch.int32))
+    assert ids is IDS
+    assert weights.shape == (2, 2)
+    assert found[0].choice.ids is None
+    remove_choices(found)
+    assert not list(model.get_submodule("0").named_children())
+
+
+def test_a_shared_router_tells_once():
+    """Of two modules that hold one router the first has the choice."""
+    item = router("select_experts")
+    model = layers(item, item, "no router", None)
+
+    found = add_choices(model, Collector(), replace)
+
+    assert [hasattr(layer, NAME) for layer in model.children()] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert len(found) == 1
+
+
+def test_nothing_is_told_while_nothing_is_recorded():
+    """Outside a recorded step the hook only calls on."""
+    item = router("select_experts")
+    found = add_choices(layers(item), Collector(is_recording=False), replace)
+    noted = chosen(found[0])
+
+    item.select_experts()
+
+    assert noted == []
+
+
+def test_an_error_stays_outside_the_model():
+    """A result of another form is kept as an error; the router's own is returned."""
+    item = router("select_experts", result=(torch.ones(2), None))
+    collector = Collector()
+    add_choices(layers(item), collector, replace)
+
+    assert item.select_experts()[1] is None
+    assert collector.error is not None
