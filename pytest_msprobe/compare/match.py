@@ -32,8 +32,7 @@ _PART_BITS = 28
 # Fields of many lines at once.
 _name_and_level = attrgetter("c", "l")
 _segment = attrgetter("g")
-_bits = attrgetter("c", "d", "s")
-_numbers_of_line = attrgetter("v", "x", "s", "d", "q", "a")
+_form = attrgetter("d", "s")
 
 
 def parents_of(calls: Sequence[CallLine]) -> list[str]:
@@ -433,8 +432,12 @@ def pair_rows(
         np.setdiff1d(np.arange(len(right.key)), new),
         DUMP in (golden.header.kind, candidate.header.kind),
     )
-    sides = (map(_bits, lines) for lines in pairs.line_pairs(np.arange(len(old))))
-    pairs.is_equal[:] = np.fromiter(map(eq, *sides), np.bool_, len(old))
+    sides = pairs.line_pairs(np.arange(len(old)))
+    checksums = ([line.c for line in lines] for lines in sides)
+    pairs.is_equal[:] = np.fromiter(map(eq, *checksums), np.bool_, len(old))
+    equal = np.flatnonzero(pairs.is_equal)
+    forms = (map(_form, lines) for lines in pairs.line_pairs(equal))
+    pairs.is_equal[equal] = np.fromiter(map(eq, *forms), np.bool_, len(equal))
     return pairs
 
 
@@ -512,19 +515,19 @@ class Columns:
 def columns_of(tensors: Sequence[TensorLine]) -> Columns:
     """Numbers of `t` lines as columns."""
     size = len(tensors)
-    values, nonfinite, shapes, codes, sketches, scales = (
-        zip(*map(_numbers_of_line, tensors), strict=True) if size else [()] * 6
-    )
+    values, nonfinite = [t.v for t in tensors], [t.x for t in tensors]
+    shapes = [t.s for t in tensors]
     lengths = np.fromiter(map(len, values), np.int64, size)
     has_sums = lengths == _WITH_SUMS
     if not has_sums.all():
         padding = (None, None)
-        values = tuple(v if len(v) == _WITH_SUMS else (*v, *padding) for v in values)
+        values = [v if len(v) == _WITH_SUMS else [*v, *padding] for v in values]
     numbers = np.array(list(chain.from_iterable(values)), dtype=np.float64)
     numbers = numbers.reshape(size, _WITH_SUMS)
     counts = np.zeros((size, 3), dtype=np.int64)
-    for index in np.flatnonzero(np.fromiter(map(len, nonfinite), np.bool_, size)):
-        counts[index] = nonfinite[index]
+    if any(nonfinite):
+        for index in np.flatnonzero(np.fromiter(map(len, nonfinite), np.bool_, size)):
+            counts[index] = nonfinite[index]
     return Columns(
         np.fromiter(map(math.prod, shapes), np.float64, size),
         numbers[:, 0],
@@ -533,10 +536,10 @@ def columns_of(tensors: Sequence[TensorLine]) -> Columns:
         numbers[:, 3],
         counts,
         has_sums,
-        codes,
+        [t.d for t in tensors],
         shapes,
-        sketches,
-        np.array(scales, dtype=np.float64),
+        [t.q for t in tensors],
+        np.array([t.a for t in tensors], dtype=np.float64),
     )
 
 
