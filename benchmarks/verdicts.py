@@ -79,7 +79,6 @@ BENIGN = {
         False,
     ),
     "custom_ops none": (PLAIN, {"compilation_config": {"custom_ops": ["none"]}}, False),
-    "AVX512-bf16": (AVX512_BF16, {}, False),
     "AVX512 without bf16": (AVX512, {}, False),
     "AVX2": (AVX2, {}, False),
     "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
@@ -198,7 +197,7 @@ def try_faults(trial, family, folder, task):
                 skipped.append([kind.name, "", "no place in this model"])
     at_level(trial, "mix")
     (golden,) = trial.capture()
-    known = operators_of(golden)
+    operators = operators_of(golden)
     files = task["goldens"].get(family, {})
     goldens = {level: read_capture(Path(path)) for level, path in files.items()}
     lines, clean = [], []
@@ -210,7 +209,7 @@ def try_faults(trial, family, folder, task):
         for place, size, moved in plan:
             lines.append(try_one(trial, golden, place, size, moved))
             lines[-1] |= {"level": level}
-            lines[-1]["is_right"] = is_right(place, lines[-1], known)
+            lines[-1]["is_right"] = is_right(place, lines[-1], operators)
         clean.append([level, *judged(trial, golden, trial.capture()[0])])
     return {
         "lines": lines,
@@ -263,12 +262,10 @@ def try_one(trial, golden, place, size, moved):
 
 
 def operators_of(capture):
-    """What a clean capture at mix knows of operators.
+    """Operators of a capture at mix, in the order of execution.
 
     Returns:
-        By step: operators in the order of execution, each with its name, the paths of
-        the modules around it and the tensors it is given; and the tensors that each
-        module returned, by path.
+        By step: each operator's name, and the paths of the modules around it.
     """
     from pytest_msprobe.compare.divergence import enclosing_calls
     from pytest_msprobe.model.names import parse_call_name
@@ -276,7 +273,7 @@ def operators_of(capture):
     by_step = defaultdict(list)
     for step, call in capture.calls():
         by_step[step].append(call)
-    operators, returned = defaultdict(list), defaultdict(set)
+    operators = defaultdict(list)
     for step, calls in by_step.items():
         parents = enclosing_calls(calls)
         paths = []
@@ -285,36 +282,30 @@ def operators_of(capture):
             paths.append(name.module_path if name and name.is_module else None)
         for number, call in enumerate(calls):
             if paths[number] is not None:
-                returned[step, paths[number]].update(*call.o.values())
                 continue
             around, node = [], parents[number]
             while node >= 0:
                 around.append(paths[node])
                 node = parents[node]
-            given = {tensor for ids in call.i.values() for tensor in ids}
-            operators[step].append((call.c, around, given))
-    return operators, returned
+            operators[step].append((call.c, around))
+    return operators
 
 
-def is_right(place, line, known):
+def is_right(place, line, operators):
     """Whether the guilty module is named.
 
     At L1 nothing is recorded of modules: then an operator inside the module that was
-    changed has to be named, or one that is given what it returned, views of which may
-    be up to three operators away.
+    changed has to be named, or one of the next three behind it.
     """
     if not line["is_caught"]:
         return False
     if line["level"] != "L1":
         return line["named"] == place.guilty
-    operators, returned = known
-    inside = [place.called in around for _, around, _ in operators[line["step"]]]
-    for number, (name, _, given) in enumerate(operators[line["step"]]):
-        if name != line["call"]:
-            continue
-        before = [n for n in range(number + 1) if inside[n]]
-        is_near = bool(before) and number - before[-1] <= HANDED_ON
-        return is_near or bool(given & returned[line["step"], place.called])
+    inside = [place.called in around for _, around in operators[line["step"]]]
+    for number, (name, _) in enumerate(operators[line["step"]]):
+        if name == line["call"]:
+            before = [n for n in range(number + 1) if inside[n]]
+            return bool(before) and number - before[-1] <= HANDED_ON
     return False
 
 
