@@ -593,13 +593,15 @@ def _plant_kv_block(self: Plant, module: Any) -> None:
 
     Blocks are written anew by the next request that gets them: nothing is put back.
     """
-    layers = [
+    mine = block_sides(module)[0]
+    # Layers of different kinds (sliding windows) may share one cache's memory.
+    alike = [
         layer
         for layer in self.model.modules()
-        if layer is not module and _has_known_cache(layer)
+        if _has_known_cache(layer)
+        and block_sides(layer)[0].shape == mine.shape
+        and block_sides(layer)[0].data_ptr() != mine.data_ptr()
     ]
-    shape = block_sides(module)[0].shape
-    alike = [layer for layer in layers if block_sides(layer)[0].shape == shape]
     if not alike:
         message = f"{self.place.module}: no other layer has a cache of this shape"
         raise EngineError(message, slug="plant")
