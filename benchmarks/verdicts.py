@@ -559,12 +559,19 @@ def describe(line):
     return f"{text}, named `{line['named'] or line['call']}` ({line['divergence']})"
 
 
+# What the tables do not need.
+LEFT_OUT = ("step", "between", "observed", "allowed", "rule", "argument", "tokens")
+
+
 def save(found, path):
     """Writes what was found, one judgement a line."""
     whole = {**found, "parts": {}}
     for name, result in found["parts"].items():
         # The lines of a table, for a diff that can be read.
-        lines = [f"@{json.dumps(line)}@" for line in result["lines"]]
+        kept = [
+            {k: v for k, v in n.items() if k not in LEFT_OUT} for n in result["lines"]
+        ]
+        lines = [f"@{json.dumps(line)}@" for line in kept]
         whole["parts"][name] = {**result, "lines": lines}
     text = json.dumps(whole, indent=1)
     text = re.sub(r'"@(.*)@"', lambda m: json.loads(f'"{m[1]}"'), text)
