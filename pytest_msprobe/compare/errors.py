@@ -201,6 +201,9 @@ class Errors:
         failed = index[reasons != _TOLERATED]
         self.ratio[failed] = np.inf
         self.rel_l2[failed[self.rel_l2[failed] == 0]] = np.inf
+        # What finite elements have in common tells nothing of these.
+        is_other = np.isin(reasons, (_DTYPE, _SHAPE, _NONFINITE))
+        self.rel_l2[index[is_other]] = np.inf
 
     def is_tolerable(self, rows: _I64) -> bool:
         """Whether some tolerance could let all of these rows pass."""

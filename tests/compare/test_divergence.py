@@ -243,3 +243,33 @@ def test_code_that_only_adds_up_errors_is_no_origin(has_next):
     assert verdict.failed == 1
     assert verdict.divergence.kind == "drift"
     assert verdict.divergence.module in ("m.a", "m.b")
+
+
+def test_nan_beside_noise_is_an_origin():
+    """Across keys a leaf that adds a NaN to inputs full of noise is named itself."""
+    generator = np.random.default_rng(3)
+    x, y, z = generator.standard_normal((3, 6, 32))
+    noise = 1 + 0.01 * generator.standard_normal((6, 32))
+    bad = z * noise
+    bad[np.unravel_index(np.abs(z).argmin(), z.shape)] = np.nan
+    sides = [
+        captures.capture(
+            [
+                (captures.module("a"), 1, {"input_args.0": x}, {"output.0": a}),
+                (captures.module("b"), 1, {"input_args.0": a}, {"output.0": b}),
+                (captures.module("model"), 0, {"input_args.0": x}, {"output.0": b}),
+            ],
+            key=key,
+        )
+        for a, b, key in (
+            (y, z, captures.KEY),
+            (y * noise, bad, captures.OTHER_KEY),
+        )
+    ]
+
+    verdict = judge(*sides).verdict
+
+    assert verdict.mode == "cross"
+    assert verdict.divergence.kind == "origin"
+    assert verdict.divergence.module == "b"
+    assert verdict.divergence.finding.metric == "nonfinite"
