@@ -500,7 +500,7 @@ def print_faults(found, part, power):
             for line in own
             if is_listed(line)
         ]
-        print(f"\n{title}: {len(chosen)}", *chosen, sep="\n")
+        print(f"\n{title}: {len(chosen)}\n", *chosen, sep="\n")
     below = [n for n in lines if float(n["moved"]) < power]
     caught = sum(n["is_caught"] for n in below)
     print(f"\nbelow the power: {len(below)}, of them caught: {caught}")
@@ -510,7 +510,9 @@ def print_faults(found, part, power):
         for line in found["parts"].get(f"{part}/{family}", {}).get("clean", [])
     ]
     red = [line for line in clean if not line[1]]
-    print(f"clean captures between them: {len(clean)}, red: {len(red)}", *red, sep="\n")
+    lines = [f"- level {line[0]}: {line[5]}" for line in red]
+    text = f"\nclean captures between them: {len(clean)}, red: {len(red)}\n"
+    print(text, *lines, sep="\n")
 
 
 def print_alarms(found):
