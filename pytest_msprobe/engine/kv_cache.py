@@ -192,8 +192,12 @@ def _sides(
 
 
 def _instruction_set(layer: Any) -> str:
-    """For which instructions vLLM's CPU backend lays its cache out."""
-    return str(getattr(layer, "isa", "vec"))
+    """For which instructions vLLM's CPU backend lays its cache out.
+
+    Until 0.27 its implementation knows, later the layer does.
+    """
+    owners = (layer, getattr(layer, "impl", None))
+    return str(next((o.isa for o in owners if hasattr(o, "isa")), "unknown"))
 
 
 def _gather(side: torch.Tensor, slots: torch.Tensor, order: _Order) -> torch.Tensor:

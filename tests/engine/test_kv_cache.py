@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each layer wrote into its KV cache, as rows of its own."""
 
+from types import SimpleNamespace
+
 import pytest
 import tools
 import torch
@@ -26,8 +28,9 @@ def checksums(capture, call, slot):
     }
 
 
+@pytest.mark.parametrize("owner", ["layer", "impl"])
 @pytest.mark.parametrize("isa", ["vec", "vec16", "amx"])
-def test_layouts_of_the_cpu(isa):
+def test_layouts_of_the_cpu(isa, owner):
     """What vLLM's own operator writes for some slots is read back in their order."""
     from vllm import _custom_ops as ops
 
@@ -43,7 +46,8 @@ def test_layouts_of_the_cpu(isa):
         kv_cache_dtype="auto",
     )
     layer = torch.nn.Module()
-    layer.isa = isa
+    layer.impl = SimpleNamespace()
+    (layer if owner == "layer" else layer.impl).isa = isa  # as newer and older vLLM
 
     sides, orders = kv_cache._sides(cache, "CPU_ATTN", layer)
 
@@ -69,6 +73,8 @@ def test_unknown_layout_is_refused():
     """A backend whose layout is not known is said in one line."""
     with pytest.raises(kv_cache.EngineError, match="layout of OTHER's cache"):
         kv_cache._sides(torch.zeros(2, 2, 2, 2, 2), "OTHER", None)
+    with pytest.raises(kv_cache.EngineError, match="layout of CPU_ATTN's cache"):
+        kv_cache._sides(torch.zeros(2, 2, 2, 2, 2), "CPU_ATTN", torch.nn.Module())
 
 
 @pytest.mark.parametrize("level", ["L0", "mix"])

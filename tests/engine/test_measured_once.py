@@ -30,6 +30,7 @@ FAMILIES = {
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
+        "tie_word_embeddings": True,
         "query_pre_attn_scalar": 32,
         "sliding_window": 128,
         "hidden_activation": "gelu_pytorch_tanh",
