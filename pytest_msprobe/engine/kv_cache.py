@@ -196,8 +196,10 @@ def _instruction_set(layer: Any) -> str:
 
     Until 0.27 its implementation knows, later the layer does.
     """
-    owners = (layer, getattr(layer, "impl", None))
-    return str(next((o.isa for o in owners if hasattr(o, "isa")), "unknown"))
+    found = getattr(layer, "isa", None)
+    if found is None:
+        found = getattr(getattr(layer, "impl", None), "isa", "unknown")
+    return str(found)
 
 
 def _gather(side: torch.Tensor, slots: torch.Tensor, order: _Order) -> torch.Tensor:
