@@ -20,6 +20,8 @@ INT16_LIMIT = 32767
 # distance: 8 units / sqrt(12) each, a unit being 1/32767 of the norm at the worst (one
 # element far above all others); 4e-5 is typical.
 STORAGE_FLOOR = 1.5e-4
+# Stands for a sum that is no longer finite.
+_OVERFLOWN = 64 * float(np.finfo(np.float32).max)
 
 _U32 = npt.NDArray[np.uint32]
 _U64 = npt.NDArray[np.uint64]
@@ -87,6 +89,12 @@ def fold(values: _F64) -> _F64:
     return folded
 
 
+def _finite(values: _F64) -> _F64:
+    """Huge elements (memory that nobody wrote) may overflow the sums of a backend."""
+    result: _F64 = np.nan_to_num(values, nan=0.0, posinf=_OVERFLOWN, neginf=-_OVERFLOWN)
+    return result
+
+
 def pack_int16(values: _F64) -> tuple[str, float]:
     """Text and scale of a sketch of a type of at most 16 bits.
 
@@ -94,6 +102,7 @@ def pack_int16(values: _F64) -> tuple[str, float]:
         128 bytes (64 little-endian int16) in base 85, and the scale that one unit
         stands for; a sketch of zeros has scale 0.
     """
+    values = _finite(values)
     scale = _short_scale(float(np.abs(values).max(initial=0.0)) / INT16_LIMIT)
     if scale == 0.0:
         quantized = np.zeros(SKETCH_SIZE, dtype="<i2")
@@ -115,7 +124,7 @@ def _short_scale(least: float) -> float:
 def pack_float32(values: _F64) -> str:
     """Text of a sketch of a wider type: 32 little-endian float32 in base 85."""
     with np.errstate(over="ignore"):
-        narrow = fold(values).astype("<f4")
+        narrow = fold(_finite(values)).astype("<f4")
     return base64.b85encode(narrow.tobytes()).decode("ascii")
 
 

@@ -11,6 +11,7 @@ from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.statistics import sketch as module
 from pytest_msprobe.statistics.sketch import (
     INT16_LIMIT,
+    SKETCH_SIZE,
     STORAGE_FLOOR,
     fold,
     pack_float32,
@@ -135,3 +136,20 @@ def test_scale_is_short_and_never_too_small(least):
     assert least <= scale <= 1.011 * least
     assert len(f"{scale:.2e}") <= 9
     assert float(f"{scale:.2e}") == scale
+
+
+def test_sums_that_overflow_are_stored():
+    """A sketch of huge elements, whose sums are infinite or NaN, has a finite scale."""
+    values = np.zeros(SKETCH_SIZE)
+    values[:4] = np.inf, -np.inf, np.nan, 1e38
+
+    text, scale = pack_int16(values)
+
+    assert np.isfinite(scale)
+    stored = unpack(text, scale)
+    assert np.isfinite(stored).all()
+    assert stored[0] == -stored[1] > 1e39
+    assert stored[2] == 0.0
+    assert pack_int16(values) == (text, scale)
+    values[32] = -np.inf  # folded onto a sum that is +Inf
+    assert unpack(pack_float32(values), None)[0] == 0.0
