@@ -219,6 +219,11 @@ class Collector:
         self.measurer.finish_step()
         self._fresh = (None, -1, 0)
         step = self._step
+        for call in reversed(self.numbering.stack):  # what began in this step ends in no other
+            if step is not None and call.is_taken and call.is_read:
+                step.calls.append(call)
+            call.is_taken = False
+            call.args, call.kwargs = (), {}
         self._step = None
         self.is_recording = False
         self._undefined.clear()
@@ -448,10 +453,16 @@ class Collector:
             self.read_log()
 
     def log_failure(self, call: RawCall) -> None:
-        """Notes that a call has ended with an exception: its record has no results."""
-        if not call.is_taken or not self.is_recording:
+        """Notes that a call has ended with an exception, or while recording was off.
+
+        Its record has no results.
+        """
+        is_finished = self.bench is not None and self.bench.is_finished
+        if not call.is_taken or self.error is not None or is_finished:
             return
         self.read_log()
+        if not call.is_read:
+            return
         call.args, call.kwargs = (), {}
         if self._step is not None:
             self._step.calls.append(call)
@@ -503,7 +514,7 @@ class Collector:
             written: Tensors that it wrote in place.
         """
         if not self.is_recording:
-            self._note_lost(point)
+            self.note_failure(point)
             return
         trace = self.trace
         try:
@@ -534,7 +545,7 @@ class Collector:
             return
         self.read_log()
         if not self.is_recording:
-            self._note_lost(point)
+            self.note_failure(point)
             return
         self._silent = (args, kwargs)
         self.trace.keys.append(point.marks[1])
@@ -544,13 +555,9 @@ class Collector:
         self._silent = ((), {})
 
     def note_failure(self, point: Point) -> None:
-        """Notes that a traced call has ended with an exception."""
-        self._note_lost(point, 2 if self.is_recording else 3)
-
-    def _note_lost(self, point: Point, mark: int = 3) -> None:
-        """Notes that a call has ended without a result that can be read."""
+        """Notes that a traced call has ended with an exception, or unseen."""
         if self._step is not None and self.error is None:
-            self.trace.keys.append(point.marks[mark])
+            self.trace.keys.append(point.marks[2])
             self.trace.sizes.append(len(self.trace.values))
 
     def read_log(self) -> None:
@@ -669,7 +676,7 @@ class Collector:
             owner = None
             if event.way == "start":
                 chunk.trees.append(self._read_start(event, call, given, slots))
-            elif event.way in ("failure", "lost"):
+            elif event.way == "failure":
                 chunk.trees.append(None)
             else:
                 owner = call.module = event.point.module

@@ -26,6 +26,8 @@ def _calls(step: RawStep) -> Iterator[RawCall]:
             yield item
         else:
             yield from item.calls(running)
+    # What began in this step ends in no other: a record of its inputs, innermost first.
+    yield from reversed(running.values())
 
 
 def _call(call: RawCall, step: RawStep) -> CallRecord:

@@ -352,10 +352,10 @@ class _ModuleHook:
             return
         collector = self.collector
         collector.numbering.leave(call)
-        if not collector.is_recording:
-            return
         try:
-            if call.is_taken:
+            if not collector.is_recording:
+                collector.log_failure(call)
+            elif call.is_taken:
                 collector.log_outputs(call, result)
             if self._is_selective:
                 collector.selection.leave(call.name, is_module=True)

@@ -25,7 +25,7 @@ _MOST_NODES = 4096
 
 
 class Mark:
-    """That a call of a point ends: with a result or none, an exception, or unseen."""
+    """That a call of a point ends: with a result, with none, or without being seen."""
 
     __slots__ = ("point", "way")
 
@@ -46,8 +46,8 @@ class Point(Protocol):
         """The module, None for a function."""
 
     @property
-    def marks(self) -> tuple[Mark, Mark, Mark, Mark]:
-        """Its ends: with a result, with none, with an exception, unseen."""
+    def marks(self) -> tuple[Mark, Mark, Mark]:
+        """Its ends: with a result, with none, with an exception or unseen."""
 
     def start(self, numbering: Numbering) -> RawCall:
         """A numbered record of a call."""
@@ -56,11 +56,9 @@ class Point(Protocol):
         """Gives arguments the roles that the function knows."""
 
 
-def marks_of(point: Point) -> tuple[Mark, Mark, Mark, Mark]:
+def marks_of(point: Point) -> tuple[Mark, Mark, Mark]:
     """Marks for a point."""
-    ways = "result", "none", "failure", "lost"
-    first, second, third, fourth = (Mark(point, way) for way in ways)
-    return first, second, third, fourth
+    return Mark(point, "result"), Mark(point, "none"), Mark(point, "failure")
 
 
 class Event:
@@ -151,7 +149,7 @@ class Node:
             place -= 1
         if place < 0:  # it had started before anything was recorded
             unknown = RawCall(key.point.site, 0, 0)
-            return Event(unknown, key.point, "lost")
+            return Event(unknown, key.point, "failure")
         call = self._open[place].call
         del self._open[place:]
         if call.site.is_module:
@@ -215,7 +213,7 @@ class Chunk:
                 running[id(template)] = call
                 continue
             ended = running.pop(id(template), None)
-            if ended is None or event.way == "lost":
+            if ended is None:
                 continue
             if event.way != "failure":
                 ended.output, ended.parameters = tree, parameters

@@ -459,6 +459,38 @@ def test_bad_scheduled_tokens_are_refused(tmp_path, scheduled):
         debugger.start(scheduled_tokens=scheduled)
 
 
+@pytest.mark.parametrize("call", ["step", "stop"])
+def test_a_module_that_is_running_at_the_end_of_a_step(tmp_path, call):
+    """It has its inputs in the step in which it began, and nothing in another one."""
+    debugger = made(tmp_path, level="L0")
+
+    class Calls(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = torch.nn.Tanh()
+
+        def forward(self, x):
+            x = self.child(x)
+            getattr(debugger, call)()
+            return self.child(x)
+
+    model = torch.nn.Sequential(Calls())
+    debugger.start(model=model)
+    model(torch.ones(1))
+    if call == "stop":
+        debugger.step()
+        debugger.start(model=model)
+    model[0].child(torch.ones(1))
+    debugger.stop()
+    debugger.step()
+
+    child, outer = "Module.0.child.Tanh.forward", "Module.0.Calls.forward.0"
+    assert names(tmp_path) == [f"{child}.0", outer]
+    assert list(read(tmp_path)[outer]) == ["input_args", "input_kwargs"]
+    count = 2 if call == "step" else 1
+    assert names(tmp_path, 1) == [f"{child}.{number}" for number in range(count)]
+
+
 def test_set_init_step_begins_another_step(tmp_path):
     """What was recorded before has the old number, what comes behind the new one."""
     debugger = made(tmp_path, level="L1")
