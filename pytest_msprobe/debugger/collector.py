@@ -964,15 +964,21 @@ class Collector:
     def _save_array(self, array: Any, slot: str) -> str | None:
         """Saves an array of numpy as the configuration asks."""
         call = self._current
-        if call is None or self._tensor_folder is None or not self._is_saved(call):
+        if call is None or self._tensor_folder is None:
+            return None
+        if not self._is_saved(call, slot):
             return None
         name = save_array(self._tensor_folder, file_name(call.name, slot), array)
         if name is not None:
             self.saved_bytes += array.nbytes
         return name
 
-    def _is_saved(self, call: RawCall) -> bool:
-        """Whether what a call holds is saved to files."""
+    def _is_saved(self, call: RawCall, slot: str) -> bool:
+        """Whether what a call holds in a slot is saved to files."""
+        if call.kind == "forward" and not self.config.keeps(
+            "input" if slot.startswith("input") else "output"
+        ):
+            return False
         listed = any(entry in call.name for entry in self.config.tensor_list)
         is_wanted = self.config.task == "tensor" or listed
         return is_wanted and self.bench is None and not self._is_trying
@@ -1040,7 +1046,7 @@ class Collector:
             changes["digest"] = digest(tensor, self.config.summary_mode)
         if self.bench is not None:
             self.bench.hold(call, slot, tensor)
-        elif self._tensor_folder and self._is_saved(call):
+        elif self._tensor_folder and self._is_saved(call, slot):
             name = file_name(call.name, slot)
             changes["data_name"] = save_tensor(self._tensor_folder, name, tensor)
             self.saved_bytes += tensor.numel() * tensor.element_size()

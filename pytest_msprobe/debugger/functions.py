@@ -762,9 +762,8 @@ def _record_one(
             if entry.opaque or "out" in kwargs:
                 call.adjust = functools.partial(_set_roles, entry=entry)
             collector.log_inputs(call, seen_args, seen_kwargs)
-        else:
+        else:  # its backward may still be recorded
             selection.leave(call.name, is_module=False)
-            call = None
         if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
             written = _written(entry, args, kwargs)
             for tensor in written:
@@ -775,7 +774,8 @@ def _record_one(
     result = _run(collector, entry, call, func, args, kwargs)
     if call is not None and collector.is_recording:
         try:
-            collector.log_outputs(call, result, written)
+            if call.is_taken:
+                collector.log_outputs(call, result, written)
             if collector.backward is not None and torch.is_grad_enabled():
                 collector.backward.watch_function(
                     call, result, args=args, written=written

@@ -189,6 +189,54 @@ def test_data_mode_selects_directions(tmp_path, modes, kept):
     assert ("Module.0.Linear.parameters_grad.0" in data) == kept.get("grad", True)
 
 
+@pytest.mark.parametrize(
+    ("modes", "sides"),
+    [
+        (["backward"], {"backward.0.input", "backward.0.output", "grad"}),
+        (["backward", "input"], {"backward.0.input", "grad"}),
+        (["forward", "output"], {"forward.0.output", "forward.0.parameters"}),
+        (["forward", "input"], {"forward.0.input"}),
+    ],
+)
+@pytest.mark.parametrize("level", ["L0", "mix"])
+def test_data_mode_selects_files(tmp_path, level, modes, sides):
+    """A part that is not kept has no file either."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    x = torch.randn(1, 2, requires_grad=True)
+
+    _, found = record(
+        tmp_path, model, lambda m: m(x).sum().backward(), level=level, data_mode=modes
+    )
+
+    stem = "Module.0.Linear."
+    files = {name.removeprefix(stem) for name in found if name.startswith(stem)}
+    kept = {
+        "grad" if "grad" in name else ".".join(name.split(".")[:3]) for name in files
+    }
+    assert kept == sides
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "mix"])
+def test_a_list_may_name_backward_calls_alone(tmp_path, level):
+    """The backward of a call whose forward is not listed is recorded."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    x = torch.randn(1, 2, requires_grad=True)
+    entry = "backward" if level == "L1" else "Tanh.backward"
+
+    data, _ = record(
+        tmp_path, model, lambda m: m(x).sum().backward(), level=level, list=[entry]
+    )
+
+    names = [name for name in data if "grad" not in name]
+    assert names
+    assert not any("forward" in name for name in names)
+    if level == "L1":
+        assert names[0] == "Tensor.sum.0.backward"
+        assert "Functional.linear.0.backward" in names
+    else:
+        assert "Module.1.Tanh.backward.0" in names
+
+
 def test_hooks_on_parameters_are_taken_off(tmp_path):
     """After a capture no hook is left on a parameter."""
     model = Model()

@@ -170,6 +170,10 @@ MATRIX = {
     "train-md5": config("train", {"summary_mode": "md5"}, level="mix"),
     "train-all": config("train", level="mix", risk_level="ALL"),
     "train-output": config("train", {"data_mode": ["output"]}, level="mix"),
+    "train-list-backward": config("train", {"list": ["backward"]}, level="L1"),
+    "train-backward-tensor": config(
+        "train", {"data_mode": ["backward", "input"]}, level="L0", task="tensor"
+    ),
     "train-slice": config("train", {"slice": [{"begin": 1}]}, level="mix"),
     "train-async": config("train", level="mix", async_dump=True),
     "custom-namespace": config(
