@@ -282,6 +282,19 @@ def dtypes_xor(debugger):
     echo_tensors(debugger, found)
 
 
+RARE = "uint16 uint32 uint64 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+
+
+def dtypes_rare(debugger):
+    """Tensors of which the real tool has a checksum but no statistics."""
+    base = torch.arange(1, 13, dtype=torch.float32).reshape(3, 4) / 3
+    found = {}
+    for name in RARE:
+        found[f"rare_{name}"] = base.to(getattr(torch, name))
+        found[f"rare_{name}_strided"] = found[f"rare_{name}"][:, ::2]
+    echo_tensors(debugger, found)
+
+
 def dtypes_saved(debugger):
     """Those that the real tool can save: it frees the storage of float8 on the CPU."""
     found = tensors()
@@ -570,6 +583,7 @@ PROGRAMS = {
         values,
         dtypes,
         dtypes_xor,
+        dtypes_rare,
         dtypes_saved,
         saved,
         custom_api,

@@ -120,6 +120,7 @@ MATRIX = {
     "dtypes": config("dtypes", level="L0"),
     "dtypes-md5": config("dtypes", {"summary_mode": "md5"}, level="L0"),
     "dtypes-xor": config("dtypes_xor", {"summary_mode": "xor"}, level="L0"),
+    "dtypes-rare": config("dtypes_rare", {"summary_mode": "xor"}, level="L0"),
     "dtypes-tensor": config("dtypes_saved", level="L0", task="tensor"),
     "train-L0": config("train", level="L0"),
     "train-L1": config("train", level="L1"),
