@@ -39,6 +39,13 @@ def test_every_test_states_its_rule(path):
             assert len(text.split("\n\n")) == 1, f"{path.name}::{node.name}"
 
 
+def test_every_test_module_has_a_name_of_its_own():
+    """Test folders are no packages, so two modules of one name cannot both be run."""
+    names = [path.name for path in TESTS if path.name != "conftest.py"]
+
+    assert len(names) == len(set(names))
+
+
 def test_every_file_has_a_licence_line():
     """Every source file starts with its SPDX line."""
     for path in [*PACKAGE.rglob("*.py"), *TESTS]:

@@ -219,7 +219,9 @@ class Collector:
         self.measurer.finish_step()
         self._fresh = (None, -1, 0)
         step = self._step
-        for call in reversed(self.numbering.stack):  # what began in this step ends in no other
+        for call in reversed(
+            self.numbering.stack
+        ):  # what began in this step ends in no other
             if step is not None and call.is_taken and call.is_read:
                 step.calls.append(call)
             call.is_taken = False

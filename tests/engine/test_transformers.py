@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tools
 import torch
-from test_same_key_faults import scaled_queries, swap_heads
 
 from pytest_msprobe.compare.three_way import LIMIT, METRIC, judge_three_ways
 from pytest_msprobe.engine.reference_captures import reference_captures
@@ -56,6 +55,27 @@ FAULTS = {
     "norm": (f"{LAYER}.post_attention_layernorm", "variance_epsilon", 1e-3),
     "attention scale": (f"{LAYER}.self_attn.attn.impl", "scale", 0.5),
 }
+
+
+def swap_heads(original, *args, **kwargs):
+    """The first two heads of attention's output change places."""
+    result = original(*args, **kwargs)
+    first, second, rest = result.split([32, 32, result.shape[1] - 64], dim=1)
+    return torch.cat([second, first, rest], dim=1)
+
+
+def scaled_queries(module, factor):
+    """The parent's own code: q is larger between two children."""
+
+    def wrapper(_original, positions, hidden_states):
+        qkv, _ = module.qkv_proj(hidden_states)
+        sizes = [module.q_size, module.kv_size, module.kv_size]
+        q, k, v = qkv.split(sizes, dim=-1)
+        q, k = module.rotary_emb(positions, q * factor, k)
+        output, _ = module.o_proj(module.attn(q, k, v))
+        return output
+
+    return wrapper
 
 
 @pytest.mark.parametrize("fault", FAULTS)
