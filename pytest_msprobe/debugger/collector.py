@@ -87,6 +87,7 @@ class Collector:
         thread: The thread whose calls are recorded, which runs the model.
         layout: Rows of the open step, None before the forward or where unknown.
         model_dimensions: Sizes that parameters of the model have.
+        width: Columns of the widest activations, roughly.
         places: Of the slots of modules, by path.
         progress: Where the running call is noted, None to note nothing.
         saved_bytes: Bytes of tensors saved to files.
@@ -109,6 +110,7 @@ class Collector:
     keeps_weights = False
     has_regions = False
     has_steady_stacks = True
+    width = 1
     region = ""
     _is_trying = False
 
@@ -767,8 +769,8 @@ class Collector:
         """How many calls are noted before they are read, to bound what they hold."""
         if not self._is_plain:
             return 1
-        width = max(self.model_dimensions, default=1)
-        calls = self.config.pending_bytes // (tokens * width * _BYTES_AN_ELEMENT)
+        row_bytes = self.width * _BYTES_AN_ELEMENT
+        calls = self.config.pending_bytes // (tokens * row_bytes)
         return int(max(1, min(_MOST_NOTED, calls)))
 
     def before_write(self, tensor: torch.Tensor) -> None:

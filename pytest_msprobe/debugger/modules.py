@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from types import MethodType
 from typing import Any
@@ -23,6 +24,7 @@ from pytest_msprobe.debugger.trace import marks_of
 from pytest_msprobe.errors import ConfigError
 
 _MISSING = object()
+_MANY = 3
 
 
 def root_models(
@@ -95,10 +97,10 @@ class ModuleWrappers:
         """
         known: set[int] = self.recorded.union(*(other.recorded for other in others))
         marked = {id(root) for other in others for _, root in other.roots}
-        sizes: set[int] = set()
+        sizes: Counter[int] = Counter()
         for module, paths in module_paths(self.roots).values():
             for parameter in module.parameters(recurse=False):
-                sizes.update(parameter.shape)
+                sizes.update(set(parameter.shape))
             if has_modules and id(module) not in known:
                 self.recorded.add(id(module))
                 self._wrap(module, self._record(module, paths))
@@ -109,7 +111,10 @@ class ModuleWrappers:
             if id(root) not in marked and not self._is_installed:
                 self._wrap(root, self._mark_forward(root, is_counted=index == 0))
         self._is_installed = True
-        self._collector.model_dimensions |= sizes
+        self._collector.model_dimensions |= set(sizes)
+        # A size that few parameters have is that of the vocabulary: few rows have it.
+        widths = [size for size, count in sizes.items() if count >= _MANY] or [*sizes]
+        self._collector.width = max([self._collector.width, *widths])
 
     def install_one(self, name: str) -> None:
         """Wraps the model itself under a name, and nothing inside it."""

@@ -4,7 +4,10 @@
 import pytest
 import torch
 
+from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measurer
+from pytest_msprobe.debugger.modules import ModuleWrappers
 
 HELD = 4000
 
@@ -37,3 +40,16 @@ def test_no_more_is_kept_than_may_be(measurer):
         kept = sum(t.numel() * t.element_size() for t, _ in measurer.seen.values())
         assert kept <= HELD
         assert id(tensor) in measurer.seen
+
+
+def test_the_vocabulary_does_not_bound_what_is_noted():
+    """Calls are noted by the width of activations, not by that of the vocabulary."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(150_000, 8), *(torch.nn.Linear(8, 8) for _ in range(3))
+    )
+    collector = Collector(DebuggerConfig(level="L0"))
+
+    ModuleWrappers(collector, torch.nn.ModuleList([model])).install(has_modules=False)
+
+    assert collector.width == 8
+    assert collector.model_dimensions >= {150_000, 8}
