@@ -282,7 +282,7 @@ def dtypes_xor(debugger):
     echo_tensors(debugger, found)
 
 
-RARE = "uint16 uint32 uint64 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+RARE = "uint16 uint32 uint64 float8_e4m3fnuz float8_e5m2fnuz".split()
 
 
 def dtypes_rare(debugger):
