@@ -38,7 +38,7 @@ _RESCHEDULED = {
 _CROSS = {
     # An eighth of bfloat16's, as its rounding is, but no less than for the same key.
     "float16": {"rel_l2": 6e-3, "max": 5e-3, "min": 5e-3, "norm": 3e-3, "mean": 2e-3},
-    "bfloat16": {"rel_l2": 5e-2, "max": 4e-2, "min": 4e-2, "norm": 2e-2, "mean": 1e-2},
+    "bfloat16": {"rel_l2": 5e-2, "max": 6e-2, "min": 6e-2, "norm": 2e-2, "mean": 1e-2},
     "float32": {"rel_l2": 1e-3, "max": 1e-3, "min": 1e-3, "norm": 1e-3, "mean": 1e-3},
 }
 # Times that for the same scheduling. In bfloat16 as across keys: once a rounding has
