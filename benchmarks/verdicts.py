@@ -397,14 +397,15 @@ def judge_sets(old, new):
     """What the gate says of a capture; each side is a list of files, by rank."""
     from pytest_msprobe.compare.against import judge_against
     from pytest_msprobe.compare.judge import judge, measure_noise
-    from pytest_msprobe.compare.ranks import combine_ranks
+    from pytest_msprobe.compare.ranks import combine_ranks, without_sharded
     from pytest_msprobe.dump.capture import read_capture
     from pytest_msprobe.model.verdict import portable
 
     goldens, candidates = ([read_capture(Path(p)) for p in side] for side in (old, new))
     golden, candidate = goldens[0], candidates[0]
     if len(candidates) > 1:
-        golden, candidate = combine_ranks(goldens), combine_ranks(candidates)
+        combined = combine_ranks(goldens), combine_ranks(candidates)
+        golden, candidate = without_sharded(*combined)
     is_alike = golden.header.provenance.keys() == candidate.header.provenance.keys()
     if is_alike and len(candidates) == 1:
         verdict = judge(golden, candidate).verdict
@@ -537,10 +538,17 @@ def print_alarms(found):
             logprob = max(line["logprob"] for line in chosen)
             numbers = f"{len(chosen)} | {unequal} | {red} | {error:.2g} | {logprob:.2g}"
             print(f"| {name} | {title} | {numbers} |")
-            kind = f"{title} {chosen[0]['mode']}"
-            total.update({f"{kind} judged": len(chosen), f"{kind} unequal": unequal})
-            total.update({f"{kind} red": red})
-    print(dict(total))
+            key = "the same key" if chosen[0]["mode"] == "same" else "another key"
+            total[title, key, "judged"] += len(chosen)
+            total[title, key, "differ"] += unequal
+            total[title, key, "red"] += red
+    print()
+    for title, key in dict.fromkeys((title, key) for title, key, _ in total):
+        judged, differ, red = (
+            total[title, key, n] for n in ("judged", "differ", "red")
+        )
+        text = f"{judged} judged, bits differ in {differ}, {red} red"
+        print(f"- {title}, limits for {key}: {text}")
 
 
 def table(found):
