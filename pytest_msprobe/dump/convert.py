@@ -137,10 +137,11 @@ class _Builder:
         """Adds one step."""
         self.capture.entries.append(step_line(step))
         folder = dump.path.parent / layout.TENSORS
-        for name, record in dump.data.items():
+        names, parents = _with_late_backwards(dump.data, parents)
+        for name in names:
             level = _level(name, parents, dump.data)
             call = CallLine(name, level)
-            for slot, leaf in record_leaves(record):
+            for slot, leaf in record_leaves(dump.data[name]):
                 number = len(self.capture.tensors)
                 line = tensor_line(number, leaf, has_checksums=self._has_checksums)
                 if line is None:
@@ -166,6 +167,27 @@ class _Builder:
         if slot.startswith("parameters.") and call is not None:
             owner = self.capture.header.weights.setdefault(call.module_path, {})
             owner.setdefault(slot.removeprefix("parameters."), line.c)
+
+
+def _with_late_backwards(
+    data: Mapping[str, Any], parents: Mapping[str, str | None]
+) -> tuple[list[str], dict[str, str | None]]:
+    """Names in order, and parents, each backward in that of its forward's module.
+
+    That of the module may have ended before; msProbe then names no parent.
+    """
+    names, found = list(data), dict(parents)
+    for name in data:
+        if not name.endswith(".backward"):
+            continue
+        around = parents.get(f"{name.removesuffix('backward')}forward") or ""
+        module = parents.get(name) or around.replace(".forward.", ".backward.")
+        if module in data and module != around:
+            found[name] = module
+            if names.index(name) > names.index(module):
+                names.remove(name)
+                names.insert(names.index(module), name)
+    return names, found
 
 
 def _level(

@@ -180,7 +180,9 @@ def test_an_engine_that_is_not_eager_is_refused(demo_model, tmp_path):
 def recording(llm, folder):
     """What `msprobe.capture(llm)` gives to a test."""
     options = SimpleNamespace(config=DebuggerConfig(level="L0"), decode_steps=2)
-    session = SimpleNamespace(options_of=lambda _: options)
+    session = SimpleNamespace(
+        options_of=lambda _: options, is_forced=lambda _capture: False
+    )
     return Capture(session, SimpleNamespace(nodeid="test"), llm, "", folder)
 
 
