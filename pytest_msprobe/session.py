@@ -201,9 +201,11 @@ class Capture:
             is_core_dead,
         )
 
-        if is_core_dead(self.llm):
-            error.add_note(f"{NOTE}the core process of the engine died")
         lines = describe_ranks(self.folder)
+        if is_core_dead(self.llm):
+            # A core ends with the first of its workers; alone it is rank 0 itself.
+            place = len(lines) if len(lines) > 1 else 0
+            lines.insert(place, "the core process of the engine died")
         for line in lines:
             error.add_note(f"{NOTE}{line}")
         if is_core_dead(self.llm) or any(" died " in line for line in lines):

@@ -375,7 +375,7 @@ def test_a_killed_worker(pytester, tokens, is_core_alone):
     died = r"msprobe: rank 1 \(process \d+\) died in step \d+, (last call \w+\.|before)"
     assert any(re.match(died, note) for note in notes), notes
     summary = (
-        r"^FAILED test_it\.py::test_killed - \w+: .* \(rank 1 \(process \d+\) died"
+        r"^FAILED test_it\.py::test_killed - [\w.]+: .* \(rank 1 \(process \d+\) died"
     )
     assert re.search(summary, done.stdout, re.MULTILINE), done.stdout[-3000:]
     assert_complete_up_to_the_kill(done, capture_folder(pytester, "test_killed"))
