@@ -63,7 +63,7 @@ def test_a_row_is_explained(project, capsys, arguments):
     chain = [line.partition(": ")[0] for line in lines[5:]]
     moved = "default, where it was scheduled differently"
     assert chain[:3] == ["default", moved, "msprobe.yaml:4"]
-    assert f"{moved}: rel_l2 0.01, max 0.01" in "\n".join(lines)
+    assert f"{moved}: rel_l2 0.02, max 0.02" in "\n".join(lines)
     assert sum(line.startswith("msprobe.yaml:4") for line in lines) == 2
     assert not any(line.startswith("msprobe.yaml:5") for line in lines)
 
