@@ -725,19 +725,9 @@ def record_call(
         frame: Its caller.
         seen: Arguments to record where they differ from those to call with.
     """
-    seen_args, seen_kwargs = seen or (args, kwargs)
-    if collector.is_traced:
-        return _trace_call(
-            collector,
-            entry,
-            site,
-            func,
-            (args, kwargs),
-            (seen_args, seen_kwargs, frame),
-        )
-    return _record_one(
-        collector, entry, site, func, (args, kwargs), (seen_args, seen_kwargs, frame)
-    )
+    given = (args, kwargs)
+    record = _trace_call if collector.is_traced else _record_one
+    return record(collector, entry, site, func, given, (*(seen or given), frame))
 
 
 def _record_one(
@@ -797,7 +787,7 @@ def _trace_call(
 ) -> Any:
     """Calls a function and notes inputs before and outputs after."""
     args, kwargs = given
-    point = entry.points.get(site) or entry.point(site)
+    point = entry.point(site)
     collector.note_start(point, *seen)
     written: list[torch.Tensor] = []
     if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
