@@ -26,6 +26,7 @@ from pytest_msprobe.debugger.calls import describe_value
 from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
     UNWRITTEN,
+    Addition,
     Measured,
     Measurer,
     Unwritten,
@@ -75,6 +76,8 @@ _LASTING = frozenset(
 _LEAST_WEIGHTS = 4096
 # So many calls are noted before they are read, memory permitting.
 _MOST_NOTED = 256
+# What may be held in copies of tensors that are written, of all that may be held.
+_COPIED_SHARE = 4
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
 _BYTES_AN_ELEMENT = 8
 
@@ -636,38 +639,36 @@ class Collector:
         if fit is None:
             return None
         tensors, nodes = fit
-        seen, opaque, undefined = measurer.seen, self._opaque, self._undefined
+        opaque, undefined = self._opaque, self._undefined
         constants = self._constants if self.config.has_functions else ()
-        for place, tensor, (plan, row_class, role, is_result) in zip(
-            recipe.places, tensors, recipe.forms, strict=False
+        new: list[Addition] = []
+        places: list[int] = []
+        knowns = map(measurer.seen.get, map(id, tensors))
+        for place, tensor, known, (plan, row_class, is_result) in zip(
+            recipe.places, tensors, knowns, recipe.forms, strict=False
         ):
-            known = seen.get(id(tensor))
-            if (
-                known is not None
-                and known[1].row_class == row_class
-                and known[1].role == "read"
-            ):
-                measured: Tree = known[1]
+            if known is not None:
+                measured = known[1]
+                if measured[1] == row_class and measured[5] == "read":
+                    nodes[place] = measured
+                    continue
+            address = tensor.data_ptr()
+            storage = address - int(tensor.storage_offset()) * plan.size
+            if is_result:
+                undefined.pop(storage, None)
+            own: Role = UNWRITTEN if storage in undefined else "read"
+            if storage in opaque:
+                return None
+            if storage in constants:
+                nodes[place] = self._measure_constant(tensor)
             else:
-                address = tensor.data_ptr()
-                storage = address - int(tensor.storage_offset()) * plan.size
-                own: Role = "read"
-                if storage in opaque:
-                    return None
-                if storage in undefined:
-                    if is_result:
-                        del undefined[storage]
-                    else:
-                        own = UNWRITTEN
-                if storage in constants:
-                    measured = self._measure_constant(tensor)
-                else:
-                    measured = measurer.add(
-                        tensor, plan, row_class, address, storage, own
-                    )
-            if role is not None and isinstance(measured, Measured):
-                measured = with_role(measured, role)
+                new.append((tensor, plan, row_class, address, storage, own))
+                places.append(place)
+        for place, measured in zip(places, measurer.add_all(new), strict=True):
             nodes[place] = measured
+        for place, role in recipe.roles:
+            if isinstance(nodes[place], Measured):
+                nodes[place] = with_role(nodes[place], role)
         for place, first in recipe.copied:
             nodes[place] = nodes[first]
         return nodes
@@ -791,8 +792,13 @@ class Collector:
         if self._log or not address or address in self._constants:
             self.read_log()
         elif self.trace.holds(address):
-            is_defined = address in self._undefined and self.trace.define(address)
-            if not is_defined:
+            if address in self._undefined:
+                is_settled = self.trace.define(address)
+            else:
+                is_settled = self.trace.keep(
+                    address, self.config.pending_bytes // _COPIED_SHARE
+                )
+            if not is_settled:
                 self.read_log()
         self._undefined.pop(address, None)
         self.measurer.release(address)
