@@ -157,9 +157,6 @@ class Collector:
         # Types of values that stay what they are after a call has been noted.
         self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
-        self._noted = 0  # calls that are no longer in the log
-        # The tensor made last, where it lies, and how many calls were noted by then.
-        self._fresh: tuple[torch.Tensor | None, int, int] = (None, -1, 0)
         self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
         self.generation = 0
@@ -226,7 +223,6 @@ class Collector:
         """Closes the step and returns its records, None if none was open."""
         self.read_log()
         self.measurer.finish_step()
-        self._fresh = (None, -1, 0)
         step = self._step
         for call in reversed(
             self.numbering.stack
@@ -574,14 +570,12 @@ class Collector:
     def read_log(self) -> None:
         """Reads what the calls noted so far hold; never raises."""
         log = self._log
-        traced = len(self.trace.sizes)
-        if not (log or traced):
+        if not (log or self.trace.sizes):
             return
         if not self.is_recording:
             log.clear()
             return
         self._log = []
-        self._noted += len(log) + traced
         was_recording, self.is_recording = self.is_recording, False
         try:
             if self.config.has_functions:
@@ -783,10 +777,6 @@ class Collector:
     def before_write(self, tensor: torch.Tensor) -> None:
         """Something is about to write a tensor: what was noted is read first."""
         address = storage_address(tensor)
-        _, fresh, noted = self._fresh
-        if address == fresh and noted == self._count_noted():
-            self._undefined.pop(address, None)
-            return  # made since the last call was noted: no call can hold it
         if address in self._opaque:
             return
         if self._log or not address or address in self._constants:
@@ -807,9 +797,6 @@ class Collector:
             self._measured_constants.clear()
             self._constant_ids.clear()
             self._constant_version += 1
-
-    def _count_noted(self) -> int:
-        return self._noted + len(self._log) + len(self.trace.sizes)
 
     def before_any_write(self) -> None:
         """Something is about to write, and nobody knows what."""
@@ -932,16 +919,9 @@ class Collector:
 
     # Tensors -------------------------------------------------------------------
 
-    def mark_fresh(self, tensor: torch.Tensor) -> None:
-        """Notes a tensor that has just been made."""
-        address = storage_address(tensor)
-        self._fresh = (tensor, address, self._count_noted())
-
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
-        address = storage_address(tensor)
-        self._undefined[address] = tensor
-        self._fresh = (tensor, address, self._count_noted())
+        self._undefined[storage_address(tensor)] = tensor
 
     def _read(
         self, values: Sequence[Any], side: str, call: RawCall, base: int
