@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from pytest_msprobe.config.debugger_config import Cut, DebuggerConfig
-from pytest_msprobe.debugger.calls import describe_value
+from pytest_msprobe.debugger.calls import describe_value, holds_others
 from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
     UNWRITTEN,
@@ -505,7 +505,9 @@ class Collector:
                 values.extend(kwargs.values())
                 is_lasting &= self._lasting.issuperset(map(type, kwargs.values()))
             sizes.append(len(values))
-            if not is_lasting or len(sizes) >= self._log_limit:
+            if not (is_lasting or self._may_last((*args, *kwargs.values()))) or (
+                len(sizes) >= self._log_limit
+            ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
@@ -541,6 +543,13 @@ class Collector:
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
+
+    def _may_last(self, values: Iterable[Any]) -> bool:
+        """Whether values can be read later; types not met before are looked at."""
+        kinds = set(map(type, values)) - self._lasting
+        lasting = {kind for kind in kinds if not holds_others(kind)}
+        self._lasting |= lasting
+        return lasting == kinds
 
     def note_silent_end(
         self, point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]

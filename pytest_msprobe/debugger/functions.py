@@ -82,6 +82,18 @@ _C_FUNCTIONS = (
     WrapperDescriptorType,
 )
 
+# Functions of torch in Python that hand their work to one operator, and the keyword
+# arguments by which they write into what they are given.
+_QUIET = frozenset(
+    (
+        "celu cross_entropy dropout einsum elu embedding glu group_norm hardsigmoid "
+        "hardswish hardtanh layer_norm leaky_relu log_softmax mish mse_loss norm "
+        "normalize pad relu relu6 rms_norm selu sigmoid silu softmax softsign split "
+        "tanh unique"
+    ).split()
+)
+_WRITING = ("inplace", "max_norm")
+
 # All functions that choose between two by a flag share one code.
 _CHOICE = torch.nn.functional.max_pool2d.__code__
 
@@ -143,6 +155,8 @@ class Entry:
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
         opaque: Positions and names of arguments that hold no numbers.
         is_python: It may run Python code, whose writes the mode does not see.
+        is_quiet: That code is torch's and writes nothing, but for its arguments `out`,
+            `inplace` and `max_norm`.
         is_marked: Of what was there before it writes what its schema marks, no more.
         points: It under each of its names.
         is_passed: Nothing is done with its calls, where they have no keyword arguments.
@@ -162,10 +176,21 @@ class Entry:
     writes_unmarked: bool = False
     opaque: tuple[int | str, ...] = ()
     is_python: bool = False
+    is_quiet: bool = False
     is_marked: bool = False
     points: dict[CallSite, FunctionPoint] = field(default_factory=dict)
     is_passed: bool = False
     is_simple: bool = False
+
+    def runs_unseen(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call may write where the mode does not see it.
+
+        Args:
+            kwargs: Its keyword arguments.
+        """
+        if self.is_quiet:
+            return any(kwargs.get(name) for name in _WRITING)
+        return self.is_python
 
     def settle(self) -> None:
         """Works out what follows from the rest."""
@@ -376,6 +401,7 @@ class FunctionTable:
         if entry is None:
             entry = self._entries.get(function) or self._classify(function)
             entry.is_python = _may_run_python(function)
+            entry.is_quiet = _is_quiet(function)
             entry.inner = _inner(function)
             entry.settle()
             self.known[function] = entry
@@ -437,6 +463,13 @@ def _may_run_python(function: Any) -> bool:
     if isinstance(function, torch._ops.OpOverloadPacket | torch._ops.OpOverload):  # noqa: SLF001
         return any(_has_python_kernel(overload) for overload in _overloads(function))
     return not isinstance(function, _C_FUNCTIONS)
+
+
+def _is_quiet(function: Any) -> bool:
+    """Whether a function is one of torch's in Python that writes nothing of itself."""
+    module = getattr(function, "__module__", "")
+    is_torch = module in ("torch.nn.functional", "torch.functional", "torch._tensor")
+    return is_torch and getattr(function, "__name__", "") in _QUIET
 
 
 def _has_python_kernel(overload: Any) -> bool:
@@ -708,7 +741,7 @@ def call_unrecorded(
             collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
-    if entry.is_python:
+    if entry.runs_unseen(kwargs):
         return call_unseen(collector, entry, func, args, kwargs)
     result = func(*args, **kwargs)
     if entry.action is Action.ALLOCATE and isinstance(result, torch.Tensor):
@@ -832,7 +865,7 @@ def _trace_call(
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
     try:
-        if entry.is_python:
+        if entry.runs_unseen(kwargs):
             result = call_unseen(collector, entry, func, args, kwargs)
         else:
             result = func(*args, **kwargs)
@@ -853,7 +886,7 @@ def _run(
 ) -> Any:
     """Calls a function; one that ends with an exception has a record of its inputs."""
     try:
-        if entry.is_python:
+        if entry.runs_unseen(kwargs):
             return call_unseen(collector, entry, func, args, kwargs)
         return func(*args, **kwargs)
     except BaseException:

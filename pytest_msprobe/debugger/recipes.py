@@ -7,7 +7,6 @@ many calls at once.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ from itertools import chain
 from operator import attrgetter, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
-from pytest_msprobe.debugger.calls import describe_value
+from pytest_msprobe.debugger.calls import describe_value, holds_others
 from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan, Unwritten
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -260,7 +258,7 @@ class _Maker:
         elif type(value) in PLAIN_TYPES:
             if not self._add_tensor(place, slot):
                 return False
-        elif type(value) in self._lasting or not _is_container(value):
+        elif type(value) in self._lasting or not holds_others(type(value)):
             self.recipe.same.append((place, value, slot.name))
         else:
             return False
@@ -339,9 +337,3 @@ class _Maker:
 def _is_empty(tensor: torch.Tensor) -> bool:
     is_strided = tensor.layout is torch.strided and not tensor.is_quantized
     return is_strided and not tensor.is_meta and not tensor.numel()
-
-
-def _is_container(value: Any) -> bool:
-    """Whether a value may hold tensors."""
-    kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
-    return isinstance(value, kinds) or dataclasses.is_dataclass(value)

@@ -300,22 +300,22 @@ class Trace:
         sizes: As there.
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
-        storages: Where the first values lie, 0 for those that are no tensors.
     """
 
     __slots__ = (
         "_copied_bytes",
         "_expected",
-        "_held",
+        "_known",
+        "_located",
         "_node",
         "_nodes",
+        "_places",
         "_root",
         "_stacks",
         "_started",
         "keys",
         "next_start",
         "sizes",
-        "storages",
         "values",
     )
 
@@ -323,8 +323,10 @@ class Trace:
         self.keys: list[Any] = []
         self.sizes: list[int] = []
         self.values: list[Any] = []
-        self.storages: list[int] = []
-        self._held: set[int] = set()
+        # Places of the values that lie in a storage, and how many were looked at.
+        self._places: dict[int, list[int]] = {}
+        self._known = 0
+        self._located: dict[int, int] = {}  # storages by the ids of values
         self._copied_bytes = 0
         self._root = self._node = Node()
         self._nodes = 0
@@ -346,10 +348,9 @@ class Trace:
     def clear(self) -> None:
         """Forgets what was noted."""
         self.keys, self.sizes, self.values = [], [], []
-        if self.storages:
-            self.storages = []
-            self._held.clear()
-            self._copied_bytes = 0
+        if self._known:
+            self._places, self._located = {}, {}
+            self._known = self._copied_bytes = 0
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -357,23 +358,21 @@ class Trace:
         Args:
             storage: Its first byte.
         """
-        storages = self.storages
-        values = self.values[len(storages) :]
-        try:
-            added = [
-                value.data_ptr() - value.storage_offset() * value.element_size()
-                if type(value) in PLAIN_TYPES
-                else 0
-                for value in values
-            ]
-        except (RuntimeError, NotImplementedError):
-            added = [
-                storage_address(value) if type(value) in PLAIN_TYPES else 0
-                for value in values
-            ]
-        storages += added
-        self._held.update(added)
-        return storage in self._held
+        places, located, values = self._places, self._located, self.values
+        for place in range(self._known, len(values)):
+            value = values[place]
+            if type(value) not in PLAIN_TYPES:
+                continue
+            own = located.get(id(value))
+            if own is None:
+                own = located[id(value)] = storage_address(value)
+            held = places.get(own)
+            if held is None:
+                places[own] = [place]
+            else:
+                held.append(place)
+        self._known = len(values)
+        return storage in places
 
     def define(self, storage: int) -> bool:
         """Notes that a storage which nobody had written is written now.
@@ -384,7 +383,7 @@ class Trace:
         Returns:
             Whether that could be noted: what a module returned was written before.
         """
-        places = self._places(storage)
+        places = tuple(self._places[storage])
         keys: list[Any] | None = None
         for place in places:
             event = bisect_right(self.sizes, place)
@@ -407,7 +406,7 @@ class Trace:
         Returns:
             Whether that could be done; else they have to be read now.
         """
-        places, values = self._places(storage), self.values
+        places, values = self._places[storage], self.values
         tensors = {id(values[place]): values[place] for place in places}
         whole = max(tensors.values(), key=torch.Tensor.numel)
         size = whole.numel() * whole.element_size() * len(tensors)
@@ -418,17 +417,16 @@ class Trace:
         if not all(map(_is_copyable, tensors.values())):
             return False
         copies = _copies(whole, tensors)
+        del self._places[storage]
         for place in places:
-            copy = values[place] = copies[id(values[place])]
-            self.storages[place] = storage_address(copy)
-            self._held.add(self.storages[place])
-        self._held.discard(storage)
-        self.keys.append(Kept(places))
+            values[place] = copies[id(values[place])]
+        for key, copy in copies.items():
+            self._located.pop(key, None)
+            self._places[storage_address(copy)] = []
+        for place in places:
+            self._places[storage_address(values[place])].append(place)
+        self.keys.append(Kept(tuple(places)))
         return True
-
-    def _places(self, storage: int) -> tuple[int, ...]:
-        held = enumerate(self.storages)
-        return tuple([place for place, other in held if other == storage])
 
     @property
     def _last_event(self) -> Any:
