@@ -80,7 +80,6 @@ class Overwriter(torch.nn.Module):
 @pytest.fixture(params=["gradients", "traced", "replaced"], autouse=True)
 def ways(request, monkeypatch):
     """Calls are recorded one by one where a backward may run, else only noted."""
-
     original = Recorder
 
     def recorder(config, *args, **options):
