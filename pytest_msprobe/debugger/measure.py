@@ -6,7 +6,6 @@ a call then costs a lookup and the kernel.
 """
 
 import array
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +50,7 @@ class Table(NamedTuple):
     address: int
     spans: int
     rows: int
-    prepared: Sequence[Any] = ()
+    prepared: Any = None
 
 
 class Plan:
