@@ -543,8 +543,10 @@ class Measurer:
         table = plan.tables.get(key)
         if table is None:
             table = self._table(dtype, plan, _parts(plan.shape, pieces))
-            if plan.queue is None:
-                plan.tables[key] = table
+            plan.tables[key] = table
+        elif plan.queue is not None:
+            width = plan.elements // plan.first
+            table.prepared.move([piece.position * width for piece in pieces])
         elif table.spans:
             from pytest_msprobe.statistics import cpu
 
