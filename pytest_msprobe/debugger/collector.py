@@ -25,9 +25,13 @@ from pytest_msprobe.config.debugger_config import Cut, DebuggerConfig
 from pytest_msprobe.debugger.calls import describe_value
 from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
+    UNWRITTEN,
     Measured,
     Measurer,
+    Unwritten,
     is_suspicious,
+    storage_address,
+    with_role,
 )
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall, RawStep
 from pytest_msprobe.debugger.recipes import Recipe, Slot, make_recipe
@@ -654,7 +658,7 @@ class Collector:
                     if is_result:
                         del undefined[storage]
                     else:
-                        own = "undefined"
+                        own = UNWRITTEN
                 if storage in constants:
                     measured = self._measure_constant(tensor)
                 else:
@@ -662,7 +666,7 @@ class Collector:
                         tensor, plan, row_class, address, storage, own
                     )
             if role is not None and isinstance(measured, Measured):
-                measured = measured._replace(role=role)
+                measured = with_role(measured, role)
             nodes[place] = measured
         for place, first in recipe.copied:
             nodes[place] = nodes[first]
@@ -673,6 +677,8 @@ class Collector:
         slots: list[Slot] = []
         parameters: list[tuple[torch.nn.Module | None, dict[str, Tree] | None]] = []
         can_repeat = True
+        for place in chunk.node.unwritten:
+            values[place] = Unwritten(values[place])
         for event in chunk.node.events:
             given = values[event.first : event.last]
             call = RawCall(event.call.site, event.call.number, event.call.depth)
@@ -719,7 +725,7 @@ class Collector:
         for name, value, node, final in zip(names, given, read, shown, strict=True):
             role = None
             if final is not node and isinstance(final, Measured | TensorValue):
-                role = final.role
+                role = "undefined" if final.role == UNWRITTEN else final.role
             slots.append(Slot(name, value, node, final, role))
         return call.input_args, call.input_kwargs
 
@@ -782,9 +788,13 @@ class Collector:
             return  # made since the last call was noted: no call can hold it
         if address in self._opaque:
             return
-        self.read_log()
-        if self._undefined:
-            self._undefined.pop(address, None)
+        if self._log or not address or address in self._constants:
+            self.read_log()
+        elif self.trace.holds(address):
+            is_defined = address in self._undefined and self.trace.define(address)
+            if not is_defined:
+                self.read_log()
+        self._undefined.pop(address, None)
         self.measurer.release(address)
         if address in self._constants:
             del self._constants[address]
@@ -956,6 +966,8 @@ class Collector:
         return nodes
 
     def _read_one(self, value: Any, slot: str, call: RawCall, place: Any) -> Tree:
+        if type(value) is Unwritten:
+            return self.measurer.form(value.tensor)
         if isinstance(value, torch.Tensor):
             return self._measure_at(value, slot, call, (call.number, place))
         return self._describe(value, slot)
@@ -1013,7 +1025,7 @@ class Collector:
             if known is not None:
                 self._constant_ids[id(tensor)] = (_version_of(tensor), value)
         else:
-            role: Role = "undefined" if address in self._undefined else "read"
+            role: Role = UNWRITTEN if address in self._undefined else "read"
             value = self.measurer.measure(
                 tensor, call.site.refuted, place, role, call.site.places.get(slot)
             )
@@ -1084,17 +1096,6 @@ def checksums(measured: Measured) -> list[int]:
         return []
     rows = measured.chunk[measured.first_row : measured.first_row + measured.rows]
     return [int(value) for value in rows.view(np.uint64)[:, CHECKSUM]]
-
-
-def storage_address(tensor: torch.Tensor) -> int:
-    """Address of the first byte of a tensor's storage, 0 where it has none."""
-    if type(tensor) not in PLAIN_TYPES and type(tensor).__name__ == "FakeTensor":
-        return 0  # which warns when it is asked
-    try:
-        offset = int(tensor.storage_offset()) * tensor.element_size()
-        return tensor.data_ptr() - offset
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 def digest(tensor: torch.Tensor, summary_mode: str) -> str | None:

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytest_msprobe.debugger.callers import Callers
 from pytest_msprobe.debugger.collector import Collector
-from pytest_msprobe.debugger.measure import Measured
+from pytest_msprobe.debugger.measure import Measured, with_role
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.debugger.trace import marks_of
 from pytest_msprobe.debugger.writes import is_in_place, marked_arguments
@@ -847,7 +847,7 @@ def _set_roles(call: RawCall, *, entry: Entry) -> None:
 
 def _with_role(value: Tree, role: Role) -> Tree:
     if isinstance(value, Measured):
-        return value._replace(role=role)
+        return with_role(value, role)
     if isinstance(value, TensorValue):
         return replace(value, role=role)
     return value

@@ -29,6 +29,8 @@ BATCH_WIDTH = 5
 _ROW_BYTES = ROW_WIDTH * 8
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
+# Role of memory that nobody has written: *undefined*, and its numbers are not shown.
+UNWRITTEN: Role = "unwritten"
 # Columns that are copies of another rank's: dumped, never judged.
 COPIES = Piece(PADDING, 0, 0, 0, is_defined=False)
 # A tensor passed to a module may be a KV cache if it has so many elements.
@@ -141,9 +143,11 @@ def to_value(
         tokens: Pieces of token-major tensors in its step.
         samples: Pieces of sample-major tensors in its step.
     """
-    plan = measured.plan
+    plan, role = measured.plan, measured.role
     rows = None
-    if measured.chunk is not None:
+    if role == UNWRITTEN:
+        role = "undefined"
+    elif measured.chunk is not None:
         first = measured.first_row
         rows = measured.chunk[first : first + measured.rows]
     pieces = {"token": tokens, "sample": samples, "neither": ()}[measured.row_class]
@@ -156,12 +160,29 @@ def to_value(
         rows,
         pieces,
         measured.row_class,
-        measured.role,
+        role,
         measured.data_name,
         "torch.Tensor",
         measured.digest,
         measured.place,
     )
+
+
+def with_role(measured: Measured, role: Role) -> Measured:
+    """A measured tensor in a role that the call's function gives it."""
+    if measured.role == UNWRITTEN and role == "undefined":
+        return measured._replace()
+    return measured._replace(role=role)
+
+
+class Unwritten(NamedTuple):
+    """A tensor that was given when nobody had written its memory.
+
+    Attributes:
+        tensor: What it is now.
+    """
+
+    tensor: torch.Tensor
 
 
 class Measurer:
@@ -259,13 +280,7 @@ class Measurer:
         if type(tensor) not in PLAIN_TYPES:
             return self._measure_unusual(tensor, role)
         try:
-            key = (
-                tensor.dtype,
-                tensor.shape,
-                tensor.stride(),
-                tensor.requires_grad,
-                tensor.device,
-            )
+            key = _form_of(tensor)
             plan = self._plans.get(key)
         except (RuntimeError, NotImplementedError, TypeError):
             return self._measure_unusual(tensor, role)
@@ -470,6 +485,14 @@ class Measurer:
                 return "token"
         return "neither"
 
+    def form(self, tensor: torch.Tensor) -> Measured:
+        """A tensor of memory that nobody had written, without numbers."""
+        key = _form_of(tensor)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(tensor)
+        return Measured(plan, "neither", None, 0, 0, UNWRITTEN)
+
     def describe_only(self, tensor: torch.Tensor, role: Role) -> TensorValue:
         """A tensor's form without numbers."""
         name = type(tensor).__name__
@@ -626,6 +649,27 @@ class Measurer:
                 self._large_elements = cpu.LARGE_ELEMENTS
                 self._scratch = known[0].scratch_address
         return known[0]
+
+
+def _form_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.requires_grad,
+        tensor.device,
+    )
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Address of the first byte of a tensor's storage, 0 where it has none."""
+    if type(tensor) not in PLAIN_TYPES and type(tensor).__name__ == "FakeTensor":
+        return 0  # which warns when it is asked
+    try:
+        offset = int(tensor.storage_offset()) * tensor.element_size()
+        return tensor.data_ptr() - offset
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def is_suspicious(tensor: torch.Tensor) -> bool:

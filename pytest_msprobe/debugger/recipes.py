@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pytest_msprobe.debugger.calls import describe_value
-from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan
+from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan, Unwritten
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Recipe:
         copies: Picks the same tensors where they are given again.
         originals: Picks where they are given first.
         copied: Places of both.
+        again: Tensors of memory that nobody had written, and where they are measured.
     """
 
     state: int
@@ -111,6 +112,7 @@ class Recipe:
     copies: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     copied: list[tuple[int, int]] = field(default_factory=list)
+    again: list[tuple[int, int]] = field(default_factory=list)
 
     def fits(
         self, values: Sequence[Any], state: int, version: int
@@ -234,13 +236,18 @@ class _Maker:
         self._constant_places: list[int] = []
         self._tensors: list[torch.Tensor] = []
         self._empty: list[tuple[int, torch.Tensor]] = []
+        self._unwritten: list[tuple[int, torch.Tensor]] = []
         self._firsts: dict[tuple[int, Any, Any], int] = {}
 
     def add(self, place: int, slot: Slot) -> bool:
         """Adds a slot; whether that could be done."""
         value, node = slot.value, slot.node
         known = self._constants.get(id(value))
-        if known is not None and known[1] is node:
+        if type(value) is Unwritten:
+            if not isinstance(node, Measured):
+                return False
+            self._unwritten.append((place, value.tensor))
+        elif known is not None and known[1] is node:
             self._constant_places.append(place)
             self.recipe.constant_ids.append(id(value))
             self._watch(value)
@@ -298,10 +305,18 @@ class _Maker:
     def finish(self) -> Recipe:
         """The recipe."""
         recipe = self.recipe
+        for place, value in self._unwritten:
+            given = zip(recipe.places, self._tensors, strict=True)
+            known = [first for first, other in (*given, *self._empty) if other is value]
+            if known:
+                recipe.again.append((place, known[0]))
+            else:
+                self._empty.append((place, value))
         recipe.constants = _picker(self._constant_places)
         recipe.pick = _picker([*recipe.places, *(place for place, _ in self._empty)])
-        recipe.copies = _picker([place for place, _ in recipe.copied])
-        recipe.originals = _picker([first for _, first in recipe.copied])
+        same = recipe.copied + recipe.again
+        recipe.copies = _picker([place for place, _ in same])
+        recipe.originals = _picker([first for _, first in same])
         tensors = [*self._tensors, *(value for _, value in self._empty)]
         if tensors:
             # Torch would not look at a size or stride that is given as None.

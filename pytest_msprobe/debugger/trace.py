@@ -8,12 +8,14 @@ the values of a sequence are read is kept there too. Records are made when a ste
 written.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
+from pytest_msprobe.debugger.measure import PLAIN_TYPES, storage_address
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.model.calls import Frame, Phase, Tree
 
@@ -32,6 +34,16 @@ class Mark:
     def __init__(self, point: "Point", way: str) -> None:
         self.point = point
         self.way = way
+
+
+class Defined(NamedTuple):
+    """That memory which nobody had written is written now.
+
+    Attributes:
+        places: Of the values that lay there when they were noted.
+    """
+
+    places: tuple[int, ...]
 
 
 class Point(Protocol):
@@ -59,6 +71,10 @@ class Point(Protocol):
 def marks_of(point: Point) -> tuple[Mark, Mark, Mark]:
     """Marks for a point."""
     return Mark(point, "result"), Mark(point, "none"), Mark(point, "failure")
+
+
+_NO_EVENTS = (tuple, Defined)
+_NO_STARTS = (tuple, Defined, Mark)
 
 
 class Event:
@@ -92,6 +108,7 @@ class Node:
         points: What was called, in the order of starts.
         recipes: How its values were read, by phase and rows of the step.
         starts: Calls that had started by its end.
+        unwritten: Places of values that lay in memory which nobody had written.
     """
 
     __slots__ = (
@@ -102,6 +119,7 @@ class Node:
         "points",
         "recipes",
         "starts",
+        "unwritten",
     )
 
     def __init__(self) -> None:
@@ -110,6 +128,7 @@ class Node:
         self.points: list[Point] = []
         self.recipes: dict[Any, Recipe] = {}
         self.starts = 0
+        self.unwritten: set[int] = set()
         self._numbering = Numbering()
         # Calls that run at its end, those of functions included.
         self._open: list[Event] = []
@@ -119,7 +138,7 @@ class Node:
 
         Args:
             keys: Points where calls start, each followed by the names of its keyword
-                arguments if there are any; marks where calls end.
+                arguments if there are any; marks where calls end; what was defined.
             sizes: How many values there are behind each start and end.
         """
         node = Node()
@@ -130,6 +149,9 @@ class Node:
         for key in keys:
             if type(key) is tuple:
                 node.events[-1].names = key
+                continue
+            if type(key) is Defined:
+                node.unwritten.update(key.places)
                 continue
             event = node._event(key, numbering)
             event.first, event.last = first, sizes[index]
@@ -228,10 +250,12 @@ class Trace:
         sizes: As there.
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
+        storages: Where the first values lie, 0 for those that are no tensors.
     """
 
     __slots__ = (
         "_expected",
+        "_held",
         "_node",
         "_nodes",
         "_root",
@@ -240,6 +264,7 @@ class Trace:
         "keys",
         "next_start",
         "sizes",
+        "storages",
         "values",
     )
 
@@ -247,6 +272,8 @@ class Trace:
         self.keys: list[Any] = []
         self.sizes: list[int] = []
         self.values: list[Any] = []
+        self.storages: list[int] = []
+        self._held: set[int] = set()
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -267,12 +294,65 @@ class Trace:
     def clear(self) -> None:
         """Forgets what was noted."""
         self.keys, self.sizes, self.values = [], [], []
+        if self.storages:
+            self.storages = []
+            self._held.clear()
+
+    def holds(self, storage: int) -> bool:
+        """Whether a value that was noted lies in a storage.
+
+        Args:
+            storage: Its first byte.
+        """
+        storages = self.storages
+        values = self.values[len(storages) :]
+        try:
+            added = [
+                value.data_ptr() - value.storage_offset() * value.element_size()
+                if type(value) in PLAIN_TYPES
+                else 0
+                for value in values
+            ]
+        except (RuntimeError, NotImplementedError):
+            added = [
+                storage_address(value) if type(value) in PLAIN_TYPES else 0
+                for value in values
+            ]
+        storages += added
+        self._held.update(added)
+        return storage in self._held
+
+    def define(self, storage: int) -> bool:
+        """Notes that a storage which nobody had written is written now.
+
+        Args:
+            storage: Its first byte; it is held.
+
+        Returns:
+            Whether that could be noted: what a module returned was written before.
+        """
+        places = tuple(
+            place for place, held in enumerate(self.storages) if held == storage
+        )
+        keys: list[Any] | None = None
+        for place in places:
+            event = bisect_right(self.sizes, place)
+            if keys is None:
+                if event == len(self.sizes) - 1 and type(self._last_event) is not Mark:
+                    break  # the call that has just started: so do all others
+                keys = [k for k in self.keys if type(k) not in _NO_EVENTS]
+            if type(keys[event]) is Mark and keys[event].point.module is not None:
+                return False
+        self.keys.append(Defined(places))
+        return True
+
+    @property
+    def _last_event(self) -> Any:
+        return next(k for k in reversed(self.keys) if type(k) not in _NO_EVENTS)
 
     def add_stack(self, stack: tuple[Frame, ...]) -> None:
         """The stack of a call that starts and was not expected."""
-        number = sum(
-            type(key) is not Mark and type(key) is not tuple for key in self.keys
-        )
+        number = sum(type(key) not in _NO_STARTS for key in self.keys)
         self._stacks[len(self._started) + number] = stack
         self.next_start = repeat(None).__next__
 

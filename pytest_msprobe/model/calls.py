@@ -10,7 +10,8 @@ import numpy.typing as npt
 from pytest_msprobe.model.segments import Piece, RowClass, StepLayout
 from pytest_msprobe.model.shards import Shard
 
-Role = Literal["read", "written", "undefined", "opaque"]
+# While a step runs, what is undefined because nobody has written it is `unwritten`.
+Role = Literal["read", "written", "undefined", "unwritten", "opaque"]
 # Where in a step a call was made: before the model's forward, in it, between it and the
 # end of execute_model (pooling), in compute_logits, in sample_tokens.
 Phase = Literal["outside", "forward", "after", "logits", "sample"]

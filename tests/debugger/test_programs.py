@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that write in every way are recorded alike, noted or call by call."""
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.debugger.recorder import Recorder
+
+POOL = 3
+STEPS = 3
+KINDS = ("empty", "add", "add_", "part", "out", "copy", "module", "hidden", "mixed")
+
+places = st.integers(0, POOL - 1)
+programs = st.lists(st.tuples(st.sampled_from(KINDS), places, places), max_size=14)
+
+
+def unwritten():
+    """Memory that nobody is seen to write, with numbers that are always the same."""
+    made = torch.empty(4)
+    (ctypes.c_float * 4).from_address(made.data_ptr())[:] = [7.0] * 4
+    return made
+
+
+class Program(torch.nn.Module):
+    """Runs operations on a few tensors, some of which share memory."""
+
+    def __init__(self, operations):
+        super().__init__()
+        self.operations = operations
+        self.child = torch.nn.Identity()
+
+    def forward(self, x):
+        pool = [x.add(index) for index in range(POOL)]
+        for number, (kind, i, j) in enumerate(self.operations):
+            self.run(kind, pool, i, j, number)
+        return pool[0]
+
+    def run(self, kind, pool, i, j, number):
+        if kind == "empty":
+            pool[i] = unwritten()
+        elif kind == "add":
+            pool[j] = pool[i].add(number)
+        elif kind == "add_":
+            pool[i].add_(number)
+        elif kind == "part":
+            pool[j] = pool[i][1:]
+        elif kind == "out":
+            alike = pool[i].shape == pool[j].shape
+            if alike and not torch._C._is_alias_of(pool[i], pool[j]):
+                torch.add(pool[i], number, out=pool[j])
+        elif kind == "copy":
+            pool[i].copy_(torch.full((), float(number)))
+        elif kind == "module":
+            pool[j] = self.child(pool[i])
+        elif kind == "hidden":
+            pool[j] = self.child(unwritten())
+        else:
+            made = unwritten()
+            torch.mul(pool[i], 2, out=made[: len(pool[i])])
+            pool[j] = made.add(made[:1])
+
+
+def recorded(folder, program, *, has_gradients, level):
+    """Names, roles and numbers of all steps."""
+    config = DebuggerConfig(level=level, risk_level="ALL")
+    recorder = Recorder(
+        config,
+        folder,
+        rank=0,
+        is_kept=True,
+        is_deferred=True,
+        has_gradients=has_gradients,
+    )
+    model = torch.nn.Sequential(Program(program))
+    recorder.attach(model)
+    for number in range(STEPS):
+        recorder.begin_step(number)
+        with recorder.recording, torch.inference_mode():
+            model(torch.arange(4.0) + number)
+        recorder.end_step()
+    return [[shown(call) for call in step.calls] for step in recorder.close()]
+
+
+def shown(call):
+    sides = (*call.input_args, *call.input_kwargs.values(), *(call.output or ()))
+    return (call.name, *(leaf(value) for value in sides))
+
+
+def leaf(value):
+    if not hasattr(value, "role"):
+        return value
+    rows = None
+    if value.role == "read" and value.rows is not None:
+        rows = value.rows.tobytes()
+    return value.role, value.shape, rows
+
+
+@pytest.mark.parametrize("level", ["L1", "mix"])
+@settings(max_examples=25, deadline=None)
+@given(program=programs)
+def test_noted_calls_are_recorded_as_those_read_at_once(
+    tmp_path_factory, level, program
+):
+    """Roles and numbers do not depend on when what was noted is read."""
+    folder = tmp_path_factory.mktemp("dump")
+
+    noted, at_once = (
+        recorded(folder / str(way), program, has_gradients=way, level=level)
+        for way in (False, True)
+    )
+
+    assert noted == at_once
+
+
+def test_memory_nobody_wrote_is_shown_without_numbers(tmp_path):
+    """Of memory that an operator is about to fill the form alone is recorded."""
+    steps = recorded(tmp_path, [("mixed", 0, 1)], has_gradients=False, level="mix")
+
+    for calls in steps:
+        (mul,) = (call for call in calls if call[0].startswith("Torch.mul."))
+        assert mul[3] == ("undefined", (4,), None)
+        assert mul[4][0] == "read"
