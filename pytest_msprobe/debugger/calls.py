@@ -62,6 +62,12 @@ def describe_value(  # noqa: PLR0911 - one return a kind of value
     return _describe_other(value, slot, keep)
 
 
+def holds_others(kind: type) -> bool:
+    """Whether what is told of values of a type may change, or tells of tensors."""
+    kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
+    return issubclass(kind, kinds) or dataclasses.is_dataclass(kind)
+
+
 def _describe_container(
     value: Any, slot: str, measure: Measure, depth: int, keep: Keep | None
 ) -> Tree:

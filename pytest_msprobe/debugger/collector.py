@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from pytest_msprobe.config.debugger_config import Cut, DebuggerConfig
-from pytest_msprobe.debugger.calls import describe_value
+from pytest_msprobe.debugger.calls import describe_value, holds_others
 from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
     UNWRITTEN,
+    Addition,
     Measured,
     Measurer,
     Unwritten,
@@ -75,6 +76,8 @@ _LASTING = frozenset(
 _LEAST_WEIGHTS = 4096
 # So many calls are noted before they are read, memory permitting.
 _MOST_NOTED = 256
+# What may be held in copies of tensors that are written, of all that may be held.
+_COPIED_SHARE = 4
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
 _BYTES_AN_ELEMENT = 8
 
@@ -154,9 +157,6 @@ class Collector:
         # Types of values that stay what they are after a call has been noted.
         self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
-        self._noted = 0  # calls that are no longer in the log
-        # The tensor made last, where it lies, and how many calls were noted by then.
-        self._fresh: tuple[torch.Tensor | None, int, int] = (None, -1, 0)
         self._log_limit = self._most_noted = self._limit_of(1)
         self._step: RawStep | None = None
         self.generation = 0
@@ -223,7 +223,6 @@ class Collector:
         """Closes the step and returns its records, None if none was open."""
         self.read_log()
         self.measurer.finish_step()
-        self._fresh = (None, -1, 0)
         step = self._step
         for call in reversed(
             self.numbering.stack
@@ -506,7 +505,9 @@ class Collector:
                 values.extend(kwargs.values())
                 is_lasting &= self._lasting.issuperset(map(type, kwargs.values()))
             sizes.append(len(values))
-            if not is_lasting or len(sizes) >= self._log_limit:
+            if not (is_lasting or self._may_last((*args, *kwargs.values()))) or (
+                len(sizes) >= self._log_limit
+            ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
@@ -543,6 +544,13 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
 
+    def _may_last(self, values: Iterable[Any]) -> bool:
+        """Whether values can be read later; types not met before are looked at."""
+        kinds = set(map(type, values)) - self._lasting
+        lasting = {kind for kind in kinds if not holds_others(kind)}
+        self._lasting |= lasting
+        return lasting == kinds
+
     def note_silent_end(
         self, point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -571,14 +579,12 @@ class Collector:
     def read_log(self) -> None:
         """Reads what the calls noted so far hold; never raises."""
         log = self._log
-        traced = len(self.trace.sizes)
-        if not (log or traced):
+        if not (log or self.trace.sizes):
             return
         if not self.is_recording:
             log.clear()
             return
         self._log = []
-        self._noted += len(log) + traced
         was_recording, self.is_recording = self.is_recording, False
         try:
             if self.config.has_functions:
@@ -636,38 +642,36 @@ class Collector:
         if fit is None:
             return None
         tensors, nodes = fit
-        seen, opaque, undefined = measurer.seen, self._opaque, self._undefined
+        opaque, undefined = self._opaque, self._undefined
         constants = self._constants if self.config.has_functions else ()
-        for place, tensor, (plan, row_class, role, is_result) in zip(
-            recipe.places, tensors, recipe.forms, strict=False
+        new: list[Addition] = []
+        places: list[int] = []
+        knowns = map(measurer.seen.get, map(id, tensors))
+        for place, tensor, known, (plan, row_class, is_result) in zip(
+            recipe.places, tensors, knowns, recipe.forms, strict=False
         ):
-            known = seen.get(id(tensor))
-            if (
-                known is not None
-                and known[1].row_class == row_class
-                and known[1].role == "read"
-            ):
-                measured: Tree = known[1]
+            if known is not None:
+                measured = known[1]
+                if measured[1] == row_class and measured[5] == "read":
+                    nodes[place] = measured
+                    continue
+            address = tensor.data_ptr()
+            storage = address - int(tensor.storage_offset()) * plan.size
+            if is_result:
+                undefined.pop(storage, None)
+            own: Role = UNWRITTEN if storage in undefined else "read"
+            if storage in opaque:
+                return None
+            if storage in constants:
+                nodes[place] = self._measure_constant(tensor)
             else:
-                address = tensor.data_ptr()
-                storage = address - int(tensor.storage_offset()) * plan.size
-                own: Role = "read"
-                if storage in opaque:
-                    return None
-                if storage in undefined:
-                    if is_result:
-                        del undefined[storage]
-                    else:
-                        own = UNWRITTEN
-                if storage in constants:
-                    measured = self._measure_constant(tensor)
-                else:
-                    measured = measurer.add(
-                        tensor, plan, row_class, address, storage, own
-                    )
-            if role is not None and isinstance(measured, Measured):
-                measured = with_role(measured, role)
+                new.append((tensor, plan, row_class, address, storage, own))
+                places.append(place)
+        for place, measured in zip(places, measurer.add_all(new), strict=True):
             nodes[place] = measured
+        for place, role in recipe.roles:
+            if isinstance(nodes[place], Measured):
+                nodes[place] = with_role(nodes[place], role)
         for place, first in recipe.copied:
             nodes[place] = nodes[first]
         return nodes
@@ -782,17 +786,18 @@ class Collector:
     def before_write(self, tensor: torch.Tensor) -> None:
         """Something is about to write a tensor: what was noted is read first."""
         address = storage_address(tensor)
-        _, fresh, noted = self._fresh
-        if address == fresh and noted == self._count_noted():
-            self._undefined.pop(address, None)
-            return  # made since the last call was noted: no call can hold it
         if address in self._opaque:
             return
         if self._log or not address or address in self._constants:
             self.read_log()
         elif self.trace.holds(address):
-            is_defined = address in self._undefined and self.trace.define(address)
-            if not is_defined:
+            if address in self._undefined:
+                is_settled = self.trace.define(address)
+            else:
+                is_settled = self.trace.keep(
+                    address, self.config.pending_bytes // _COPIED_SHARE
+                )
+            if not is_settled:
                 self.read_log()
         self._undefined.pop(address, None)
         self.measurer.release(address)
@@ -801,9 +806,6 @@ class Collector:
             self._measured_constants.clear()
             self._constant_ids.clear()
             self._constant_version += 1
-
-    def _count_noted(self) -> int:
-        return self._noted + len(self._log) + len(self.trace.sizes)
 
     def before_any_write(self) -> None:
         """Something is about to write, and nobody knows what."""
@@ -926,16 +928,9 @@ class Collector:
 
     # Tensors -------------------------------------------------------------------
 
-    def mark_fresh(self, tensor: torch.Tensor) -> None:
-        """Notes a tensor that has just been made."""
-        address = storage_address(tensor)
-        self._fresh = (tensor, address, self._count_noted())
-
     def mark_undefined(self, tensor: torch.Tensor) -> None:
         """Notes that nobody has written a tensor's memory yet."""
-        address = storage_address(tensor)
-        self._undefined[address] = tensor
-        self._fresh = (tensor, address, self._count_noted())
+        self._undefined[storage_address(tensor)] = tensor
 
     def _read(
         self, values: Sequence[Any], side: str, call: RawCall, base: int

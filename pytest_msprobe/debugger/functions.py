@@ -82,6 +82,18 @@ _C_FUNCTIONS = (
     WrapperDescriptorType,
 )
 
+# Functions of torch in Python that hand their work to one operator, and the keyword
+# arguments by which they write into what they are given.
+_QUIET = frozenset(
+    (
+        "celu cross_entropy dropout einsum elu embedding glu group_norm hardsigmoid "
+        "hardswish hardtanh layer_norm leaky_relu log_softmax mish mse_loss norm "
+        "normalize pad relu relu6 rms_norm selu sigmoid silu softmax softsign split "
+        "tanh unique"
+    ).split()
+)
+_WRITING = ("inplace", "max_norm")
+
 # All functions that choose between two by a flag share one code.
 _CHOICE = torch.nn.functional.max_pool2d.__code__
 
@@ -143,8 +155,12 @@ class Entry:
         writes_unmarked: It returns nothing and marks nothing, so it may write all.
         opaque: Positions and names of arguments that hold no numbers.
         is_python: It may run Python code, whose writes the mode does not see.
+        is_quiet: That code is torch's and writes nothing, but for its arguments `out`,
+            `inplace` and `max_norm`.
         is_marked: Of what was there before it writes what its schema marks, no more.
         points: It under each of its names.
+        is_passed: Nothing is done with its calls, where they have no keyword arguments.
+        is_simple: Its calls have one name, and arguments as the caller wrote them.
     """
 
     action: Action
@@ -160,8 +176,30 @@ class Entry:
     writes_unmarked: bool = False
     opaque: tuple[int | str, ...] = ()
     is_python: bool = False
+    is_quiet: bool = False
     is_marked: bool = False
     points: dict[CallSite, FunctionPoint] = field(default_factory=dict)
+    is_passed: bool = False
+    is_simple: bool = False
+
+    def runs_unseen(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call may write where the mode does not see it.
+
+        Args:
+            kwargs: Its keyword arguments.
+        """
+        if self.is_quiet:
+            return any(kwargs.get(name) for name in _WRITING)
+        return self.is_python
+
+    def settle(self) -> None:
+        """Works out what follows from the rest."""
+        others = (self.operator_site, self.unary_site, self.dispatch_site, self.inner)
+        has_one_name = all(other is None for other in others)
+        is_nothing = self.action is Action.PASS and not self.is_python
+        self.is_passed = has_one_name and self.site is None and is_nothing
+        is_recorded = has_one_name and self.site is not None
+        self.is_simple = is_recorded and self.code is None
 
     def point(self, site: CallSite) -> FunctionPoint:
         """The function under a name."""
@@ -258,7 +296,12 @@ def operator_functions() -> dict[Any, tuple[str, ...]]:
 
 
 class FunctionTable:
-    """What to do with each function, decided once."""
+    """What to do with each function, decided once.
+
+    Attributes:
+        unseen: Listed functions that a mode does not see: owner, name, entry.
+        known: What was looked up so far.
+    """
 
     def __init__(
         self,
@@ -269,7 +312,7 @@ class FunctionTable:
         self._collector = collector
         self._namespaces = frozenset(namespaces)
         self._entries: dict[Any, Entry] = {}
-        self._known: dict[Any, Entry] = {}
+        self.known: dict[Any, Entry] = {}
         self.unseen: list[tuple[Any, str, Entry]] = []
         for group, names in op_list.items():
             if group not in _IGNORED_GROUPS:
@@ -354,12 +397,14 @@ class FunctionTable:
 
     def lookup(self, function: Any) -> Entry:
         """What to do with a function's calls."""
-        entry = self._known.get(function)
+        entry = self.known.get(function)
         if entry is None:
             entry = self._entries.get(function) or self._classify(function)
             entry.is_python = _may_run_python(function)
+            entry.is_quiet = _is_quiet(function)
             entry.inner = _inner(function)
-            self._known[function] = entry
+            entry.settle()
+            self.known[function] = entry
         return entry
 
     def _classify(self, function: Any) -> Entry:
@@ -418,6 +463,13 @@ def _may_run_python(function: Any) -> bool:
     if isinstance(function, torch._ops.OpOverloadPacket | torch._ops.OpOverload):  # noqa: SLF001
         return any(_has_python_kernel(overload) for overload in _overloads(function))
     return not isinstance(function, _C_FUNCTIONS)
+
+
+def _is_quiet(function: Any) -> bool:
+    """Whether a function is one of torch's in Python that writes nothing of itself."""
+    module = getattr(function, "__module__", "")
+    is_torch = module in ("torch.nn.functional", "torch.functional", "torch._tensor")
+    return is_torch and getattr(function, "__name__", "") in _QUIET
 
 
 def _has_python_kernel(overload: Any) -> bool:
@@ -506,6 +558,7 @@ class FunctionMode(TorchFunctionMode):
         self._collector = collector
         self._table = table
         self._callers = Callers()
+        self._known = table.known
 
     def enter(self) -> None:
         """Sees the calls of this thread, once.
@@ -543,28 +596,42 @@ class FunctionMode(TorchFunctionMode):
     ) -> Any:
         """Passes a call through and records it if it is to be recorded."""
         del types
-        kwargs = kwargs or {}
         collector = self._collector
-        if not collector.is_recording or type(func) is MethodWrapperType:
-            if collector.is_recording and func.__name__ == "__set__":
+        if type(func) is MethodWrapperType:  # an attribute: one argument, read only
+            if len(args) > 1 and collector.is_recording:
                 collector.before_write(args[0])
-            return func(*args, **kwargs)
-        entry = self._table.lookup(func)
-        site = entry.site
-        has_operators = entry.operator_site is not None or entry.unary_site is not None
-        if entry.inner is not None and self._is_transparent(entry, sys._getframe(1)):  # noqa: SLF001
-            with self:
-                return entry.inner(*args, **kwargs)
-        if site is None and not has_operators and entry.dispatch_site is None:
-            if entry.action is Action.PASS and not entry.is_python and not kwargs:
-                return func(*args, **kwargs)
-            return call_unrecorded(collector, entry, func, args, kwargs)
-        frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
+            return func(*args, **(kwargs or {}))
+        if not collector.is_recording:
+            return func(*args, **(kwargs or {}))
+        entry = self._known.get(func) or self._table.lookup(func)
+        if entry.is_passed and not kwargs:
+            return func(*args)
+        frame = sys._getframe(1)  # noqa: SLF001 - the caller may decide the name
         if frame.f_code.co_name == "__torch_function__":
             frame = _behind_modes(frame)
+        if not entry.is_simple:
+            return self._call_by_caller(entry, func, args, kwargs or {}, frame)
+        assert entry.site is not None
+        return record_call(
+            collector, entry, entry.site, func, args, kwargs or {}, frame
+        )
+
+    def _call_by_caller(
+        self,
+        entry: Entry,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
+    ) -> Any:
+        """A call whose name, or whose arguments, depend on who made it."""
+        collector, site = self._collector, entry.site
+        if entry.inner is not None and self._is_transparent(entry, frame):
+            with self:
+                return entry.inner(*args, **kwargs)
         if entry.dispatch_site is not None and _is_chosen(frame):
             site = entry.dispatch_site
-        if has_operators:
+        if entry.operator_site is not None or entry.unary_site is not None:
             site = self._operator_site(entry, site, frame, args)
         if site is None:
             return call_unrecorded(collector, entry, func, args, kwargs)
@@ -582,7 +649,7 @@ class FunctionMode(TorchFunctionMode):
         if entry.site is None:
             return True
         # mode <- torch.overrides.handle_torch_function <- method <- caller
-        method = _behind_modes(frame).f_back
+        method = frame.f_back
         if method is None or method.f_back is None:
             return False
         return self._callers.place(method.f_back).is_operator
@@ -674,7 +741,7 @@ def call_unrecorded(
             collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
-    if entry.is_python:
+    if entry.runs_unseen(kwargs):
         return call_unseen(collector, entry, func, args, kwargs)
     result = func(*args, **kwargs)
     if entry.action is Action.ALLOCATE and isinstance(result, torch.Tensor):
@@ -798,7 +865,7 @@ def _trace_call(
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
     try:
-        if entry.is_python:
+        if entry.runs_unseen(kwargs):
             result = call_unseen(collector, entry, func, args, kwargs)
         else:
             result = func(*args, **kwargs)
@@ -819,7 +886,7 @@ def _run(
 ) -> Any:
     """Calls a function; one that ends with an exception has a record of its inputs."""
     try:
-        if entry.is_python:
+        if entry.runs_unseen(kwargs):
             return call_unseen(collector, entry, func, args, kwargs)
         return func(*args, **kwargs)
     except BaseException:
@@ -858,6 +925,10 @@ def _written(
 ) -> list[torch.Tensor]:
     """Tensors that a call wrote: marked in its schema, `out=`, or possibly all."""
     values: list[Any] = []
+    if not kwargs and len(entry.positions) == 1 and not entry.writes_unmarked:
+        (place,) = entry.positions
+        if place < len(args) and type(args[place]) is torch.Tensor:
+            return [args[place]]
     if entry.writes_unmarked:
         values.extend(args)
         values.extend(kwargs.values())

@@ -185,6 +185,11 @@ class Unwritten(NamedTuple):
     tensor: torch.Tensor
 
 
+# A tensor, its plan, how it is divided, address of its first element, first byte of its
+# storage, and whether its slot may be judged.
+Addition = tuple[torch.Tensor, Plan, RowClass, int, int, Role]
+
+
 class Measurer:
     """Measures tensors into chunks of rows.
 
@@ -294,68 +299,60 @@ class Measurer:
         except RuntimeError:
             return self._measure_transformed(tensor, role)
         storage = address - int(tensor.storage_offset()) * plan.size
-        return self.add(tensor, plan, row_class, address, storage, role)
+        addition = (tensor, plan, row_class, address, storage, role)
+        return self.add_all((addition,))[0]
 
-    def add(
-        self,
-        tensor: torch.Tensor,
-        plan: Plan,
-        row_class: RowClass,
-        address: int,
-        storage: int,
-        role: Role = "read",
-    ) -> Measured:
-        """Notes a tensor to be measured by the next launch.
+    def add_all(self, additions: Sequence["Addition"]) -> list[Measured]:
+        """Notes tensors to be measured by the next launch.
 
         Args:
-            tensor: Of a form with a kernel.
-            plan: Of its form.
-            row_class: How it is divided.
-            address: Of its first element.
-            storage: First byte of its storage.
-            role: Whether the slot may be judged.
+            additions: The tensors, each of a form with a kernel.
         """
-        if row_class == "neither":
-            table = plan.whole
-        else:
-            table = plan.tokens if row_class == "token" else plan.samples
-            if table is None:
-                table = self._add_layout_table(tensor.dtype, plan, row_class)
-        assert table is not None
-        rows = table.rows
-        self.measured_rows += rows
-        if plan.queue is not None:
-            chunk, first = plan.queue.add(address, table.prepared)
-        else:
-            first = self._used
-            if first + rows > len(self._chunk):
-                self._new_chunk(rows)
-                first = 0
-            chunk = self._chunk
-            self._used = first + rows
-            self._batch.extend(
-                (table.address, table.spans, self._chunk_address, address, first)
-            )
-            self._batch_elements += plan.elements
-        fields = (plan, row_class, chunk, first, rows, role, None, None, None)
-        measured = tuple.__new__(Measured, fields)  # without its slower constructor
-        self._unlaunched.add(storage)
-        key = id(tensor) if self._is_once else -1 - self.measured_rows
-        if key not in self.seen:  # else it was divided otherwise
-            size = plan.elements * plan.size
-            if size > self._held_bytes:
-                self.launch()
-                return measured
-            if self._seen_bytes + size > self._held_bytes:
-                self.forget()
-            self._seen_bytes += size
-            keys = self.seen_storages.get(storage)
-            if keys is None:
-                self.seen_storages[storage] = [key]
+        result: list[Measured] = []
+        seen, storages = self.seen, self.seen_storages
+        for tensor, plan, row_class, address, storage, role in additions:
+            if row_class == "neither":
+                table = plan.whole
             else:
-                keys.append(key)
-        self.seen[key] = (tensor, measured)
-        return measured
+                table = plan.tokens if row_class == "token" else plan.samples
+                if table is None:
+                    table = self._add_layout_table(tensor.dtype, plan, row_class)
+            assert table is not None
+            rows = table.rows
+            self.measured_rows += rows
+            if plan.queue is not None:
+                chunk, first = plan.queue.add(address, table.prepared)
+            else:
+                first = self._used
+                if first + rows > len(self._chunk):
+                    self._new_chunk(rows)
+                    first = 0
+                chunk = self._chunk
+                self._used = first + rows
+                self._batch.extend(
+                    (table.address, table.spans, self._chunk_address, address, first)
+                )
+                self._batch_elements += plan.elements
+            fields = (plan, row_class, chunk, first, rows, role, None, None, None)
+            measured = tuple.__new__(Measured, fields)  # without its slower constructor
+            result.append(measured)
+            self._unlaunched.add(storage)
+            key = id(tensor) if self._is_once else -1 - self.measured_rows
+            if key not in seen:  # else it was divided otherwise
+                size = plan.elements * plan.size
+                if size > self._held_bytes:
+                    self.launch()
+                    continue
+                if self._seen_bytes + size > self._held_bytes:
+                    self.forget()
+                self._seen_bytes += size
+                keys = storages.get(storage)
+                if keys is None:
+                    storages[storage] = [key]
+                else:
+                    keys.append(key)
+            seen[key] = (tensor, measured)
+        return result
 
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""

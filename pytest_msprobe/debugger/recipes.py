@@ -7,18 +7,16 @@ many calls at once.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
-from pytest_msprobe.debugger.calls import describe_value
+from pytest_msprobe.debugger.calls import describe_value, holds_others
 from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan, Unwritten
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -36,13 +34,11 @@ class Form(NamedTuple):
     Attributes:
         plan: Of its form.
         row_class: How it is divided.
-        role: That the call's function gives it, None for that of its memory.
         is_result: A module returns it: it has been written, by whatever means.
     """
 
     plan: Plan
     row_class: "RowClass"
-    role: Role | None
     is_result: bool
 
 
@@ -55,7 +51,7 @@ class Slot:
         value: What was given.
         node: What it was read as.
         shown: The same with its role.
-        role: As in `Form`.
+        role: That the call's function gives it, None for that of its memory.
         is_result: As in `Form`.
     """
 
@@ -88,6 +84,7 @@ class Recipe:
         forms: How they are read.
         check: Whether other tensors have their form, and are different ones; tensors
             without elements are asked too.
+        roles: Places of those to which the call's function gives a role, and the role.
         copies: Picks the same tensors where they are given again.
         originals: Picks where they are given first.
         copied: Places of both.
@@ -109,6 +106,7 @@ class Recipe:
     places: list[int] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
     check: Callable[..., bool] | None = None
+    roles: list[tuple[int, Role]] = field(default_factory=list)
     copies: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     copied: list[tuple[int, int]] = field(default_factory=list)
@@ -147,7 +145,7 @@ class Recipe:
             owned = chain.from_iterable(map(_values_of, self.owners))
             if list(map(id, owned)) != self.owned_ids:
                 return False
-        return [t._version for t in self.watched] == self.writes  # noqa: SLF001 - torch has no other
+        return list(map(_writes_of, self.watched)) == self.writes
 
     def _has_constants(self, values: Sequence[Any]) -> bool:
         return self.constants is None or (
@@ -158,9 +156,11 @@ class Recipe:
         self, tensors: tuple[torch.Tensor, ...], values: Sequence[Any]
     ) -> bool:
         """Whether tensors have the forms, and are given again where they were."""
-        for tensor in tensors:
-            if getattr(tensor, "is_nested", True):  # torch's guard would abort
+        try:
+            if any(map(_is_nested, tensors)):  # torch's guard would abort
                 return False
+        except AttributeError:
+            return False
         if self.check is None or not self.check(*tensors):
             return False
         if self.copies is None or self.originals is None:
@@ -173,8 +173,9 @@ def _no_tensor(tensor: torch.Tensor, slot: str) -> TensorValue:
     raise AssertionError(f"{slot}: a tensor {tuple(tensor.shape)} inside a plain value")
 
 
-def _values_of(owner: Mapping[str, Any]) -> Any:
-    return owner.values()
+_values_of = methodcaller("values")
+_writes_of = attrgetter("_version")
+_is_nested = attrgetter("is_nested")
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]] | None:
@@ -235,6 +236,7 @@ class _Maker:
         self._lasting = lasting
         self._constant_places: list[int] = []
         self._tensors: list[torch.Tensor] = []
+        self._measured: set[int] = set()
         self._empty: list[tuple[int, torch.Tensor]] = []
         self._unwritten: list[tuple[int, torch.Tensor]] = []
         self._firsts: dict[tuple[int, Any, Any], int] = {}
@@ -256,7 +258,7 @@ class _Maker:
         elif type(value) in PLAIN_TYPES:
             if not self._add_tensor(place, slot):
                 return False
-        elif type(value) in self._lasting or not _is_container(value):
+        elif type(value) in self._lasting or not holds_others(type(value)):
             self.recipe.same.append((place, value, slot.name))
         else:
             return False
@@ -281,9 +283,12 @@ class _Maker:
         if first != place:
             self.recipe.copied.append((place, first))
             return True
-        if any(value is other for other in self._tensors):
+        if id(value) in self._measured:
             return False
-        form = Form(node.plan, node.row_class, slot.role, slot.is_result)
+        self._measured.add(id(value))
+        form = Form(node.plan, node.row_class, slot.is_result)
+        if slot.role is not None:
+            self.recipe.roles.append((place, slot.role))
         self.recipe.places.append(place)
         self.recipe.forms.append(form)
         self._tensors.append(value)
@@ -332,9 +337,3 @@ class _Maker:
 def _is_empty(tensor: torch.Tensor) -> bool:
     is_strided = tensor.layout is torch.strided and not tensor.is_quantized
     return is_strided and not tensor.is_meta and not tensor.numel()
-
-
-def _is_container(value: Any) -> bool:
-    """Whether a value may hold tensors."""
-    kinds = (torch.Tensor, list, tuple, dict, np.ndarray)
-    return isinstance(value, kinds) or dataclasses.is_dataclass(value)

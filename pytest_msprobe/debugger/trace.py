@@ -22,6 +22,8 @@ from pytest_msprobe.model.calls import Frame, Phase, Tree
 if TYPE_CHECKING:
     from pytest_msprobe.debugger.recipes import Recipe
 
+# Larger tensors are read before they are written; of smaller ones a copy is kept.
+_MOST_COPIED = {"cpu": 1 << 18, "cuda": 1 << 23}
 # So many sequences are remembered; where calls never repeat, memory stays bounded.
 _MOST_NODES = 4096
 
@@ -38,6 +40,16 @@ class Mark:
 
 class Defined(NamedTuple):
     """That memory which nobody had written is written now.
+
+    Attributes:
+        places: Of the values that lay there when they were noted.
+    """
+
+    places: tuple[int, ...]
+
+
+class Kept(NamedTuple):
+    """That copies were kept of tensors which are written now.
 
     Attributes:
         places: Of the values that lay there when they were noted.
@@ -73,8 +85,44 @@ def marks_of(point: Point) -> tuple[Mark, Mark, Mark]:
     return Mark(point, "result"), Mark(point, "none"), Mark(point, "failure")
 
 
-_NO_EVENTS = (tuple, Defined)
-_NO_STARTS = (tuple, Defined, Mark)
+def _is_copyable(tensor: torch.Tensor) -> bool:
+    """Whether a copy is read as the tensor is."""
+    is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    return is_plain and not (
+        tensor.requires_grad or tensor.is_quantized or tensor.is_nested
+    )
+
+
+def _copies(whole: torch.Tensor, tensors: dict[int, Any]) -> dict[int, torch.Tensor]:
+    """Copies of tensors in one storage, by the ids of those; one where that is enough.
+
+    Args:
+        whole: The largest of them.
+        tensors: By id.
+    """
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+        copy = whole.clone()
+        copies = {id(whole): copy}
+        if len(tensors) == 1:
+            return copies
+        is_dense = whole.is_contiguous()
+        first, dtype = whole.storage_offset(), whole.dtype
+        for key, tensor in tensors.items():
+            offset = tensor.storage_offset() - first
+            if key == id(whole):
+                continue
+            if is_dense and tensor.dtype == dtype and offset >= 0:
+                shape, strides = tensor.shape, tensor.stride()
+                reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+                if offset + reach < whole.numel() and tensor.numel():
+                    copies[key] = copy.as_strided(shape, strides, offset)
+                    continue
+            copies[key] = tensor.clone()
+        return copies
+
+
+_NO_EVENTS = (tuple, Defined, Kept)
+_NO_STARTS = (tuple, Defined, Kept, Mark)
 
 
 class Event:
@@ -152,6 +200,8 @@ class Node:
                 continue
             if type(key) is Defined:
                 node.unwritten.update(key.places)
+                continue
+            if type(key) is Kept:
                 continue
             event = node._event(key, numbering)
             event.first, event.last = first, sizes[index]
@@ -250,21 +300,22 @@ class Trace:
         sizes: As there.
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
-        storages: Where the first values lie, 0 for those that are no tensors.
     """
 
     __slots__ = (
+        "_copied_bytes",
         "_expected",
-        "_held",
+        "_known",
+        "_located",
         "_node",
         "_nodes",
+        "_places",
         "_root",
         "_stacks",
         "_started",
         "keys",
         "next_start",
         "sizes",
-        "storages",
         "values",
     )
 
@@ -272,8 +323,11 @@ class Trace:
         self.keys: list[Any] = []
         self.sizes: list[int] = []
         self.values: list[Any] = []
-        self.storages: list[int] = []
-        self._held: set[int] = set()
+        # Places of the values that lie in a storage, and how many were looked at.
+        self._places: dict[int, list[int]] = {}
+        self._known = 0
+        self._located: dict[int, int] = {}  # storages by the ids of values
+        self._copied_bytes = 0
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -294,9 +348,9 @@ class Trace:
     def clear(self) -> None:
         """Forgets what was noted."""
         self.keys, self.sizes, self.values = [], [], []
-        if self.storages:
-            self.storages = []
-            self._held.clear()
+        if self._known:
+            self._places, self._located = {}, {}
+            self._known = self._copied_bytes = 0
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -304,23 +358,21 @@ class Trace:
         Args:
             storage: Its first byte.
         """
-        storages = self.storages
-        values = self.values[len(storages) :]
-        try:
-            added = [
-                value.data_ptr() - value.storage_offset() * value.element_size()
-                if type(value) in PLAIN_TYPES
-                else 0
-                for value in values
-            ]
-        except (RuntimeError, NotImplementedError):
-            added = [
-                storage_address(value) if type(value) in PLAIN_TYPES else 0
-                for value in values
-            ]
-        storages += added
-        self._held.update(added)
-        return storage in self._held
+        places, located, values = self._places, self._located, self.values
+        for place in range(self._known, len(values)):
+            value = values[place]
+            if type(value) not in PLAIN_TYPES:
+                continue
+            own = located.get(id(value))
+            if own is None:
+                own = located[id(value)] = storage_address(value)
+            held = places.get(own)
+            if held is None:
+                places[own] = [place]
+            else:
+                held.append(place)
+        self._known = len(values)
+        return storage in places
 
     def define(self, storage: int) -> bool:
         """Notes that a storage which nobody had written is written now.
@@ -331,9 +383,7 @@ class Trace:
         Returns:
             Whether that could be noted: what a module returned was written before.
         """
-        places = tuple(
-            place for place, held in enumerate(self.storages) if held == storage
-        )
+        places = tuple(self._places[storage])
         keys: list[Any] | None = None
         for place in places:
             event = bisect_right(self.sizes, place)
@@ -344,6 +394,38 @@ class Trace:
             if type(keys[event]) is Mark and keys[event].point.module is not None:
                 return False
         self.keys.append(Defined(places))
+        return True
+
+    def keep(self, storage: int, most_bytes: int) -> bool:
+        """Keeps copies of the tensors in a storage that is about to be written.
+
+        Args:
+            storage: Its first byte; it is held.
+            most_bytes: Of all copies.
+
+        Returns:
+            Whether that could be done; else they have to be read now.
+        """
+        places, values = self._places[storage], self.values
+        tensors = {id(values[place]): values[place] for place in places}
+        whole = max(tensors.values(), key=torch.Tensor.numel)
+        size = whole.numel() * whole.element_size() * len(tensors)
+        self._copied_bytes += size
+        limit = _MOST_COPIED.get(whole.device.type, 0)
+        if size > limit or self._copied_bytes > most_bytes:
+            return False
+        if not all(map(_is_copyable, tensors.values())):
+            return False
+        copies = _copies(whole, tensors)
+        del self._places[storage]
+        for place in places:
+            values[place] = copies[id(values[place])]
+        for key, copy in copies.items():
+            self._located.pop(key, None)
+            self._places[storage_address(copy)] = []
+        for place in places:
+            self._places[storage_address(values[place])].append(place)
+        self.keys.append(Kept(tuple(places)))
         return True
 
     @property

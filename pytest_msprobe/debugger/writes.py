@@ -103,8 +103,6 @@ class WriteBarriers:
         """Replaces them."""
         for owner, name, written in _writers():
             self._replace(owner, name, written)
-        for name in _ALLOCATORS:
-            self._note_allocations(torch, name)
 
     def remove(self) -> None:
         """Puts the originals back."""
@@ -114,23 +112,6 @@ class WriteBarriers:
             else:
                 setattr(owner, name, original)
         self._originals.clear()
-
-    def _note_allocations(self, owner: Any, name: str) -> None:
-        """Replaces a function that makes tensors."""
-        original = getattr(owner, name)
-        own = vars(owner).get(name, _MISSING)
-        collector, identify = self._collector, threading.get_ident
-
-        @functools.wraps(original)
-        def allocate(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            is_ours = collector.is_recording and identify() == collector.thread
-            if is_ours and "out" not in kwargs:
-                collector.mark_fresh(result)
-            return result
-
-        self._originals.append((owner, name, own))
-        setattr(owner, name, allocate)
 
     def _replace(
         self,

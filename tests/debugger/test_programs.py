@@ -13,7 +13,10 @@ from pytest_msprobe.debugger.recorder import Recorder
 
 POOL = 3
 STEPS = 3
-KINDS = ("empty", "add", "add_", "part", "out", "copy", "module", "hidden", "mixed")
+KINDS = (
+    *("empty", "add", "add_", "part", "out", "copy", "module", "hidden", "mixed"),
+    *("relu", "relu inplace", "threshold inplace"),
+)
 
 places = st.integers(0, POOL - 1)
 programs = st.lists(st.tuples(st.sampled_from(KINDS), places, places), max_size=14)
@@ -35,7 +38,7 @@ class Program(torch.nn.Module):
         self.child = torch.nn.Identity()
 
     def forward(self, x):
-        pool = [x.add(index) for index in range(POOL)]
+        pool = [x.add(index - 2) for index in range(POOL)]
         for number, (kind, i, j) in enumerate(self.operations):
             self.run(kind, pool, i, j, number)
         return pool[0]
@@ -55,6 +58,10 @@ class Program(torch.nn.Module):
                 torch.add(pool[i], number, out=pool[j])
         elif kind == "copy":
             pool[i].copy_(torch.full((), float(number)))
+        elif kind.startswith("relu"):
+            pool[j] = torch.nn.functional.relu(pool[i], inplace="inplace" in kind)
+        elif kind == "threshold inplace":
+            torch.nn.functional.threshold(pool[i], 1.0, -number, inplace=True)
         elif kind == "module":
             pool[j] = self.child(pool[i])
         elif kind == "hidden":
