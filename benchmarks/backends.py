@@ -59,7 +59,7 @@ def on_gpu(size: int) -> dict[str, float]:
     out = out.cuda()
     elements = size // 2
     spans = cuda.prepare(torch.bfloat16, [whole(inputs[0].shape)], elements, 2)
-    ((_, others),) = spans.shared
+    ((_, others, _),) = spans.shared
     launcher = cuda.launcher(torch.device("cuda", 0))
     pending = cuda.Pending(launcher, torch.bfloat16)
     entry = torch.frombuffer(bytearray(spans.entries), dtype=torch.int64)

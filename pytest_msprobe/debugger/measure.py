@@ -6,6 +6,7 @@ a call then costs a lookup and the kernel.
 """
 
 import array
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 

@@ -63,7 +63,9 @@ PART_BITS = 12
 _HALF = 4096
 _ENTRY_NUMBERS = 2 * ENTRY_WIDTH
 _ENTRY_BYTES = 8 * ENTRY_WIDTH
-_PARTS = np.arange(1, MOST_PARTS + 1, dtype=np.int32)
+_PLACE, _NUMBER = struct.Struct("<2q"), struct.Struct("<q")
+# Up to so many tensors are placed in the table one by one.
+_FEW = 10
 
 _ENTRY = tl.constexpr(ENTRY_WIDTH)
 _PART_BITS = tl.constexpr(PART_BITS)
@@ -807,17 +809,25 @@ class Prepared:
 
     Attributes:
         dtype: Of the elements.
-        entries: Offsets from the tensor's first element for addresses, numbers from 0
-            for slots, and partial rows from 0.
+        entries: With offsets for addresses, slots and partial rows from 0.
         count: How many.
-        shared: Of those with more than one program: its number, programs but one.
+        offsets: From the tensor's first element, in bytes.
+        shared: Of those with more than one program: its number, programs but one, and
+            its first partial row.
         partial_rows: Rows that programs leave for each other.
         room: Entries of the table that it takes.
     """
 
     __slots__ = (
-        "_numbers", "count", "dtype", "entries", "partial_rows", "room", "shared",
-    )  # fmt: skip
+        "_numbers",
+        "count",
+        "dtype",
+        "entries",
+        "offsets",
+        "partial_rows",
+        "room",
+        "shared",
+    )
 
     def __init__(self, dtype: torch.dtype, numbers: npt.NDArray[np.int64]) -> None:
         """Takes entries whose slots and partial rows are not set.
@@ -829,12 +839,13 @@ class Prepared:
         self.dtype, self.count, self.partial_rows = dtype, len(numbers), 0
         self._numbers = numbers
         numbers[:, _SLOT] = np.arange(len(numbers))
-        shared: list[tuple[int, int]] = []
+        self.offsets = tuple(numbers[:, 0].tolist())
+        shared: list[tuple[int, int, int]] = []
         extra = 0
         for number, programs in enumerate((numbers[:, _PROGRAMS] & 65535).tolist()):
             numbers[number, _PROGRAMS] = programs | self.partial_rows << 16
             if programs > 1:
-                shared.append((number, programs - 1))
+                shared.append((number, programs - 1, self.partial_rows))
                 self.partial_rows += programs + -(-programs // _GROUP)
                 extra += programs - 1
         self.shared = tuple(shared)
@@ -981,7 +992,6 @@ class Pending:
         self._pinned, self._copy = table, torch.empty_like(table, device=start.device)
         self._table = memoryview(table.numpy())  # type: ignore[arg-type]
         self._entries = table.numpy().view(np.int64).reshape(-1, ENTRY_WIDTH)
-        self._numbers = table.numpy().view(np.int32)
         self._address, self._copy_address = table.data_ptr(), self._copy.data_ptr()
         self._half = 0
         self._events: list[Any] = [None, None]
@@ -1032,16 +1042,14 @@ class Pending:
         first = self._next
         at = first * _ENTRY_BYTES
         self._table[at : at + len(written)] = written
-        entries = self._entries[first : first + count]
-        given = np.frombuffer(struct.pack(f"{len(places)}q", *places), np.int64)
-        given = given.reshape(-1, 2)
-        if count > len(waiting):
-            given = given.repeat([spans.count for spans in waiting], axis=0)
-        entries[:, :2] += given
+        if len(waiting) <= _FEW:
+            self._place_few(waiting, places, at)
+        else:
+            self._place_many(waiting, places, self._entries[first : first + count])
         end = self._next = first + count
         programs, table = count, self._address
         if has_shared:
-            programs += self._write_parts(waiting, entries)
+            programs += self._write_parts(waiting, first)
             if programs >= _COPIED_PROGRAMS:
                 used = slice(at, self._next * _ENTRY_BYTES)
                 self._copy[used].copy_(self._pinned[used], non_blocking=True)
@@ -1079,24 +1087,60 @@ class Pending:
                 self.add(*tensor)
             self.launch(out, is_complete=is_complete)
 
-    def _write_parts(
-        self, waiting: Sequence[Prepared], entries: npt.NDArray[np.int64]
-    ) -> int:
-        """Writes what the other programs do behind the entries; returns how many."""
-        first = place = self._next * _ENTRY_NUMBERS
-        number = partial = 0
+    def _place_few(
+        self, waiting: Sequence[Prepared], places: Sequence[int], at: int
+    ) -> None:
+        """Writes addresses and slots one by one.
+
+        Args:
+            waiting: Spans of each tensor.
+            places: Address and slot of each.
+            at: Byte of the first entry.
+        """
+        table, pack, number = self._table, _PLACE.pack_into, 0
         for spans in waiting:
-            for own, extra in spans.shared:
-                entry = number + own
+            address, slot = places[number], places[number + 1]
+            number += 2
+            for offset in spans.offsets:
+                pack(table, at, address + offset, slot)
+                at += _ENTRY_BYTES
+                slot += 1
+
+    def _place_many(
+        self,
+        waiting: Sequence[Prepared],
+        places: Sequence[int],
+        entries: npt.NDArray[np.int64],
+    ) -> None:
+        """Adds addresses and slots to entries, all at once."""
+        given = np.frombuffer(struct.pack(f"{len(places)}q", *places), np.int64)
+        given = given.reshape(-1, 2)
+        if len(entries) > len(waiting):
+            given = given.repeat([spans.count for spans in waiting], axis=0)
+        entries[:, :2] += given
+
+    def _write_parts(self, waiting: Sequence[Prepared], first: int) -> int:
+        """Writes what the other programs do behind the entries; returns how many.
+
+        Args:
+            waiting: Spans of each tensor.
+            first: The first entry.
+        """
+        table, entry, partial = self._table, 0, 0
+        begin = at = self._next * _ENTRY_BYTES
+        for spans in waiting:
+            for number, extra, own_partial in spans.shared:
                 if partial:
-                    entries[entry, _PROGRAMS] += partial << 16
-                found = self._numbers[place : place + extra]
-                np.add(_PARTS[:extra], entry << PART_BITS, out=found)
-                place += extra
-            number += spans.count
+                    programs = extra + 1 | partial + own_partial << 16
+                    place = (first + entry + number) * _ENTRY_BYTES + 8 * _PROGRAMS
+                    _NUMBER.pack_into(table, place, programs)
+                parts = _parts_behind(entry + number, extra)
+                table[at : at + len(parts)] = parts
+                at += len(parts)
+            entry += spans.count
             partial += spans.partial_rows
-        self._next += -((first - place) // _ENTRY_NUMBERS)
-        return place - first
+        self._next += -((begin - at) // _ENTRY_BYTES)
+        return (at - begin) // 4
 
     def _turn(self) -> None:
         """Goes on with the table's other half."""
@@ -1107,6 +1151,13 @@ class Pending:
         if event is not None:
             event.synchronize()
         self._next, self._room = half * _HALF, _HALF
+
+
+@functools.lru_cache(4096)
+def _parts_behind(entry: int, extra: int) -> bytes:
+    """What the programs of an entry do that are not its first."""
+    parts = np.arange(1, extra + 1, dtype=np.int32)
+    return bytes(parts + (entry << PART_BITS))
 
 
 def _recorded() -> Any:

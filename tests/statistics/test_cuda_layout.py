@@ -50,7 +50,7 @@ def test_programs_are_as_many_as_the_span_is_large(elements):
     assert programs <= MOST_PARTS
     assert prepared.partial_rows <= SCRATCH_ROWS // 8
     assert (prepared.partial_rows == 0) == (programs == 1)
-    assert prepared.shared == (((0, programs - 1),) if programs > 1 else ())
+    assert prepared.shared == (((0, programs - 1, 0),) if programs > 1 else ())
 
 
 def test_a_span_has_as_many_programs_whatever_its_rows_are_called():
