@@ -158,6 +158,9 @@ class Collector:
         self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
         self._log_limit = self._most_noted = self._limit_of(1)
+        # Of traced calls the bytes are counted, unless it is known that they are few.
+        self._trace_limit = _MOST_NOTED
+        self._counts_bytes = True
         self._step: RawStep | None = None
         self.generation = 0
         self._keeps_stacks = config.extra_info
@@ -356,6 +359,7 @@ class Collector:
                 )
                 self._most_noted = self._limit_of(self.layout.padded_tokens)
                 self._log_limit = self._most_noted
+                self._counts_bytes = self._most_noted < _MOST_NOTED
 
     # Calls ---------------------------------------------------------------------
 
@@ -506,7 +510,8 @@ class Collector:
                 is_lasting &= self._lasting.issuperset(map(type, kwargs.values()))
             sizes.append(len(values))
             if not (is_lasting or self._may_last((*args, *kwargs.values()))) or (
-                len(sizes) >= self._log_limit
+                len(sizes) >= self._trace_limit
+                or (self._counts_bytes and self._is_full(len(sizes) - 1))
             ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
@@ -539,10 +544,37 @@ class Collector:
                 given = values[sizes[-1] if sizes else 0 :]
                 values.extend(t for t in written if all(t is not v for v in given))
             sizes.append(len(values))
-            if not is_lasting or len(sizes) >= self._log_limit:
+            if (
+                not is_lasting
+                or len(sizes) >= self._trace_limit
+                or (self._counts_bytes and self._is_full(len(sizes) - 1))
+            ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
+
+    def _is_full(self, event: int) -> bool:
+        """Whether the noted tensors have to be read, so many bytes do they hold.
+
+        Args:
+            event: The start or end whose values are new.
+        """
+        trace, measurer, constants = self.trace, self.measurer, self._constant_ids
+        first = trace.sizes[event - 1] if event else 0
+        counted = trace.counted
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+            for value in trace.values[first:]:
+                key = id(value)
+                if type(value) not in PLAIN_TYPES or key in counted:
+                    continue
+                counted.add(key)
+                if key in constants or measurer.is_held(value):
+                    continue
+                if not (
+                    is_suspicious(value) and storage_address(value) in self._opaque
+                ):
+                    trace.counted_bytes += value.numel() * value.element_size()
+        return measurer.held_bytes + trace.counted_bytes > self.config.pending_bytes
 
     def _may_last(self, values: Iterable[Any]) -> bool:
         """Whether values can be read later; types not met before are looked at."""
@@ -765,7 +797,7 @@ class Collector:
         if writes_others:
             self.before_any_write()
         self.unseen += 1
-        self._log_limit = 1
+        self._log_limit = self._trace_limit = 1
 
     def end_unseen(self, *, writes_others: bool = True) -> None:
         """It has ended."""
@@ -773,7 +805,7 @@ class Collector:
         if writes_others:
             self.measurer.forget()
         if not self.unseen:
-            self._log_limit = self._most_noted
+            self._log_limit, self._trace_limit = self._most_noted, _MOST_NOTED
 
     def _limit_of(self, tokens: int) -> int:
         """How many calls are noted before they are read, to bound what they hold."""

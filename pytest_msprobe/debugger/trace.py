@@ -300,6 +300,8 @@ class Trace:
         sizes: As there.
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
+        counted: Tensors whose bytes were counted, by id.
+        counted_bytes: Of them all.
     """
 
     __slots__ = (
@@ -313,6 +315,8 @@ class Trace:
         "_root",
         "_stacks",
         "_started",
+        "counted",
+        "counted_bytes",
         "keys",
         "next_start",
         "sizes",
@@ -328,6 +332,8 @@ class Trace:
         self._known = 0
         self._located: dict[int, int] = {}  # storages by the ids of values
         self._copied_bytes = 0
+        self.counted: set[int] = set()
+        self.counted_bytes = 0
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -351,6 +357,8 @@ class Trace:
         if self._known:
             self._places, self._located = {}, {}
             self._known = self._copied_bytes = 0
+        if self.counted:
+            self.counted, self.counted_bytes = set(), 0
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -420,6 +428,7 @@ class Trace:
         del self._places[storage]
         for place in places:
             values[place] = copies[id(values[place])]
+        self.counted -= copies.keys()
         for key, copy in copies.items():
             self._located.pop(key, None)
             self._places[storage_address(copy)] = []

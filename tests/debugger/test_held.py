@@ -18,28 +18,73 @@ def measurer():
     return Measurer(HELD)
 
 
-def test_a_tensor_too_large_to_keep_leaves_the_others_kept(measurer):
-    """What is larger than all that may be kept is measured at once and not kept."""
-    small, large = torch.ones(100), torch.ones(2000)
-    measurer.measure(small, set(), 0)
+def test_a_tensor_too_large_to_keep_is_measured_at_once(measurer):
+    """What is larger than all that may be kept is measured, known, and not kept."""
+    large, later = torch.ones(2000), torch.ones(200)
     measured = measurer.measure(large, set(), 1)
-    later = torch.ones(200)
+    assert measured.chunk[measured.first_row, 2] == 2000.0
+    assert measurer.held_bytes == 0
+
     measurer.measure(later, set(), 2)
 
-    assert id(small) in measurer.seen
-    assert id(later) in measurer.seen
-    assert id(large) not in measurer.seen
-    assert measured.chunk[measured.first_row, 2] == 2000.0
+    assert measurer.seen[id(large)][1] is measured
+    assert measurer.is_held(later)
+    key = id(large)
+    del large
+    assert key not in measurer.seen
 
 
 def test_no_more_is_kept_than_may_be(measurer):
-    """Tensors that would be too much together end what was kept before them."""
+    """Tensors that would be too much together are measured and may end."""
     tensors = [torch.ones(400) for _ in range(5)]
     for index, tensor in enumerate(tensors):
         measurer.measure(tensor, set(), index)
-        kept = sum(t.numel() * t.element_size() for t, _ in measurer.seen.values())
-        assert kept <= HELD
-        assert id(tensor) in measurer.seen
+        kept = sum(t.nbytes for t in tensors[: index + 1] if measurer.is_held(t))
+        assert kept == measurer.held_bytes <= HELD
+    assert all(id(tensor) in measurer.seen for tensor in tensors)
+
+
+def test_a_write_forgets_no_tensor_elsewhere(measurer):
+    """Where a tensor has ended, one that got its id is not mistaken for it."""
+    tensor = torch.ones(100)
+    measurer.measure(tensor, set(), 0)
+    elsewhere = tensor.data_ptr() + 4096
+    measurer.seen_storages[elsewhere] = [id(tensor)]
+
+    measurer.release(elsewhere)
+
+    assert measurer.is_held(tensor)
+    measurer.release(tensor.data_ptr())
+    assert not measurer.seen
+    assert measurer.held_bytes == 0
+
+
+def test_what_is_noted_is_read_before_it_holds_too_much(monkeypatch):
+    """Calls are read many at a time, and few where their tensors are large."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    size = 100 * 64 * 4
+    collector = Collector(DebuggerConfig(level="L0", pending_bytes=5 * size))
+    wrappers = ModuleWrappers(collector, model)
+    noted = []
+    read_log = Collector.read_log
+
+    def watched(self):
+        noted.append(self.trace.counted_bytes)
+        read_log(self)
+
+    monkeypatch.setattr(Collector, "read_log", watched)
+    wrappers.install(has_modules=True)
+    collector.begin_step(0)
+    collector.resume()
+    with torch.inference_mode():
+        model(torch.ones(100, 64))
+    step = collector.end_step()
+    wrappers.remove()
+
+    collector.raise_error()
+    assert len(step.calls) == len([n for n in noted if n])
+    assert 4 <= len(step.calls) <= 10
+    assert max(noted) <= 6 * size
 
 
 def test_the_vocabulary_does_not_bound_what_is_noted():
