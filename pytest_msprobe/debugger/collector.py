@@ -559,22 +559,28 @@ class Collector:
         Args:
             event: The start or end whose values are new.
         """
-        trace, measurer, constants = self.trace, self.measurer, self._constant_ids
+        trace, seen, constants = self.trace, self.measurer.seen, self._constant_ids
         first = trace.sizes[event - 1] if event else 0
-        counted = trace.counted
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-            for value in trace.values[first:]:
-                key = id(value)
-                if type(value) not in PLAIN_TYPES or key in counted:
-                    continue
-                counted.add(key)
-                if key in constants or measurer.is_held(value):
-                    continue
-                if not (
-                    is_suspicious(value) and storage_address(value) in self._opaque
-                ):
-                    trace.counted_bytes += value.numel() * value.element_size()
-        return measurer.held_bytes + trace.counted_bytes > self.config.pending_bytes
+        new: list[torch.Tensor] = []
+        for value in trace.values[first:]:
+            key = id(value)
+            if key in trace.counted or type(value) not in PLAIN_TYPES:
+                continue
+            trace.counted.add(key)
+            known = seen.get(key)
+            if key not in constants and (known is None or known[0] is not value):
+                new.append(value)
+        if new:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                trace.counted_bytes += sum(map(self._bytes_of, new))
+        held = self.measurer.held_bytes + trace.counted_bytes
+        return held > self.config.pending_bytes
+
+    def _bytes_of(self, tensor: torch.Tensor) -> int:
+        """Bytes of a tensor that is no KV cache."""
+        if is_suspicious(tensor) and storage_address(tensor) in self._opaque:
+            return 0
+        return tensor.numel() * tensor.element_size()
 
     def _may_last(self, values: Iterable[Any]) -> bool:
         """Whether values can be read later; types not met before are looked at."""

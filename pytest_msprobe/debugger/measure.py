@@ -379,11 +379,6 @@ class Measurer:
         if known is not None and known[0] is reference:
             del self.seen[reference.key]
 
-    def is_held(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is kept alive until it is measured."""
-        known = self.seen.get(id(tensor))
-        return known is not None and known[0] is tensor
-
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""
         self._unlaunched.clear()
