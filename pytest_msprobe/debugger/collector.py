@@ -76,6 +76,10 @@ _LASTING = frozenset(
 _LEAST_WEIGHTS = 4096
 # So many calls are noted before they are read, memory permitting.
 _MOST_NOTED = 256
+# What may be held once it was read, of all that may be held; the rest may be noted.
+_HELD_SHARE = 3
+# Weights and KV caches are looked for among tensors of at least so many bytes.
+_LEAST_LASTING = 1 << 16
 # What may be held in copies of tensors that are written, of all that may be held.
 _COPIED_SHARE = 4
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
@@ -120,11 +124,14 @@ class Collector:
     width = 1
     region = ""
     _is_trying = False
+    _trace_limit = _MOST_NOTED  # of traced calls, that are noted before they are read
+    _counts_bytes = True  # and of their tensors, unless it is known that they are few
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
         self.selection = Selection(config)
-        self.measurer = Measurer(config.pending_bytes, is_once=config.measure_once)
+        held = config.pending_bytes // _HELD_SHARE
+        self.measurer = Measurer(held, is_once=config.measure_once)
         self.error: BaseException | None = None
         self.is_recording = False
         self.thread = threading.get_ident()
@@ -158,9 +165,7 @@ class Collector:
         self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
         self._log_limit = self._most_noted = self._limit_of(1)
-        # Of traced calls the bytes are counted, unless it is known that they are few.
-        self._trace_limit = _MOST_NOTED
-        self._counts_bytes = True
+        self._most_counted = config.pending_bytes - held
         self._step: RawStep | None = None
         self.generation = 0
         self._keeps_stacks = config.extra_info
@@ -556,31 +561,34 @@ class Collector:
     def _is_full(self, event: int) -> bool:
         """Whether the noted tensors have to be read, so many bytes do they hold.
 
+        It depends on nothing but what was noted, so that sequences end where they have
+        ended before.
+
         Args:
             event: The start or end whose values are new.
         """
-        trace, seen, constants = self.trace, self.measurer.seen, self._constant_ids
+        trace = self.trace
         first = trace.sizes[event - 1] if event else 0
+        counted = trace.counted
         new: list[torch.Tensor] = []
         for value in trace.values[first:]:
             key = id(value)
-            if key in trace.counted or type(value) not in PLAIN_TYPES:
-                continue
-            trace.counted.add(key)
-            known = seen.get(key)
-            if key not in constants and (known is None or known[0] is not value):
+            if key not in counted and type(value) in PLAIN_TYPES:
+                counted.add(key)
                 new.append(value)
         if new:
             with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
                 trace.counted_bytes += sum(map(self._bytes_of, new))
-        held = self.measurer.held_bytes + trace.counted_bytes
-        return held > self.config.pending_bytes
+        return trace.counted_bytes > self._most_counted
 
     def _bytes_of(self, tensor: torch.Tensor) -> int:
-        """Bytes of a tensor that is no KV cache."""
-        if is_suspicious(tensor) and storage_address(tensor) in self._opaque:
-            return 0
-        return tensor.numel() * tensor.element_size()
+        """Bytes of a tensor that lasts no longer than it is held."""
+        size = tensor.numel() * tensor.element_size()
+        if size >= _LEAST_LASTING:
+            address = storage_address(tensor)
+            if address in self._constants or address in self._opaque:
+                return 0
+        return size
 
     def _may_last(self, values: Iterable[Any]) -> bool:
         """Whether values can be read later; types not met before are looked at."""
