@@ -591,8 +591,13 @@ class Collector:
         return size
 
     def _may_last(self, values: Iterable[Any]) -> bool:
-        """Whether values can be read later; types not met before are looked at."""
-        kinds = set(map(type, values)) - self._lasting
+        """Whether values can be read later; types not met before are looked at.
+
+        A weight may have a class of its own; what writes it is met as for others.
+        """
+        constants = self._constant_ids
+        kinds = {type(value) for value in values if id(value) not in constants}
+        kinds -= self._lasting
         lasting = {kind for kind in kinds if not holds_others(kind)}
         self._lasting |= lasting
         return lasting == kinds

@@ -6,8 +6,11 @@ import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.functions import Action, Entry, FunctionPoint
+from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.measure import Measurer
 from pytest_msprobe.debugger.modules import ModuleWrappers
+from pytest_msprobe.debugger.raw import CallSite
 
 HELD = 4000
 
@@ -91,6 +94,35 @@ def test_what_is_noted_is_read_before_it_holds_too_much(monkeypatch):
     assert len(step.calls) == len([n for n in noted if n])
     assert 4 <= len(step.calls) <= 10
     assert max(noted) <= 6 * size
+
+
+class Weight(torch.nn.Parameter):
+    """A parameter with a class of its own, as vLLM's weights are."""
+
+
+def test_a_weight_of_a_class_of_its_own_does_not_end_what_is_noted():
+    """A weight is read with the calls that were noted before it, with its numbers."""
+    x = torch.ones(3, 4)
+    weight = Weight(torch.full((4, 4), 2.0), requires_grad=False)
+    other = Weight(torch.ones(4, 4), requires_grad=False)
+    collector = Collector(DebuggerConfig(level="L1"))
+    collector.add_constants([weight])
+    site = CallSite("linear.", "", is_module=False)
+    point = FunctionPoint(site, Entry(Action.RECORD, site))
+    for number in range(3):
+        collector.begin_step(number)
+        collector.resume()
+        collector.note_start(point, (x, weight), {})
+        collector.note_end(point, x)
+        assert len(collector.trace.sizes) == 2
+        collector.note_start(point, (x, other), {})
+        assert not collector.trace.sizes  # it may be written where nobody sees it
+        collector.note_end(point, x)
+        calls = materialize(collector.end_step()).calls
+        collector.raise_error()
+
+        assert calls[0].input_args[1].rows[0, 2] == 32.0
+        assert calls[1].input_args[1].rows[0, 2] == 16.0
 
 
 def test_the_vocabulary_does_not_bound_what_is_noted():
