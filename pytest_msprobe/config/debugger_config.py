@@ -17,6 +17,7 @@ Task = Literal["statistics", "tensor", "structure", "nan_check"]
 Level = Literal["L0", "L1", "mix", "debug"]
 SummaryMode = Literal["statistics", "md5", "xor"]
 RiskLevel = Literal["ALL", "FOCUS", "CORE"]
+FunctionHooks = Literal["mode", "replace"]
 
 # Names in a file: overflow_check is the older name of nan_check, diff_check is the task
 # tensor with bench_path.
@@ -28,6 +29,7 @@ _SAME_TASK: dict[str, Task] = {"overflow_check": "nan_check", "diff_check": "ten
 # Of captures; `debug` records nothing by itself.
 LEVELS = ("L0", "L1", "mix")
 SUMMARY_MODES = ("statistics", "md5", "xor")
+FUNCTION_HOOKS = ("mode", "replace")
 RISK_LEVELS = ("ALL", "FOCUS", "CORE")
 DATA_MODES = ("all", "forward", "backward", "input", "output")
 _KNOWN_ELSEWHERE = {
@@ -117,6 +119,9 @@ class DebuggerConfig:
             numbers. Not a key of msProbe's.
         kv_cache: Whether what each layer wrote into its KV cache is recorded as well.
             Not a key of msProbe's.
+        function_hooks: How calls of functions are met: by torch's function mode, or by
+            replacing the functions, which costs less and misses those that somebody
+            imported by name. Not a key of msProbe's.
     """
 
     task: Task = "statistics"
@@ -145,6 +150,7 @@ class DebuggerConfig:
     pending_bytes: int = DEFAULT_PENDING_BYTES
     measure_once: bool = True
     kv_cache: bool = False
+    function_hooks: FunctionHooks = "mode"
 
     @property
     def has_modules(self) -> bool:
@@ -348,6 +354,7 @@ def parse_debugger_config(
         "measure_once": general.flag("measure_once", default=True),
         "load": _read_load(general, level),
         "kv_cache": general.flag("kv_cache", default=False),
+        "function_hooks": general.choice("function_hooks", FUNCTION_HOOKS, "mode"),
     }
     if level != "debug":
         values["slice"] = _read_slice(section)

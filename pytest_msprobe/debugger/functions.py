@@ -160,7 +160,8 @@ class Entry:
         is_marked: Of what was there before it writes what its schema marks, no more.
         points: It under each of its names.
         is_passed: Nothing is done with its calls, where they have no keyword arguments.
-        is_simple: Its calls have one name, and arguments as the caller wrote them.
+        is_named_alike: All of its calls have one name.
+        is_simple: And arguments as the caller wrote them.
     """
 
     action: Action
@@ -180,6 +181,7 @@ class Entry:
     is_marked: bool = False
     points: dict[CallSite, FunctionPoint] = field(default_factory=dict)
     is_passed: bool = False
+    is_named_alike: bool = False
     is_simple: bool = False
 
     def runs_unseen(self, kwargs: dict[str, Any]) -> bool:
@@ -198,8 +200,8 @@ class Entry:
         has_one_name = all(other is None for other in others)
         is_nothing = self.action is Action.PASS and not self.is_python
         self.is_passed = has_one_name and self.site is None and is_nothing
-        is_recorded = has_one_name and self.site is not None
-        self.is_simple = is_recorded and self.code is None
+        self.is_named_alike = has_one_name
+        self.is_simple = has_one_name and self.site is not None and self.code is None
 
     def point(self, site: CallSite) -> FunctionPoint:
         """The function under a name."""
@@ -632,7 +634,7 @@ class FunctionMode(TorchFunctionMode):
         if entry.dispatch_site is not None and _is_chosen(frame):
             site = entry.dispatch_site
         if entry.operator_site is not None or entry.unary_site is not None:
-            site = self._operator_site(entry, site, frame, args)
+            site = operator_site(self._callers, self._table, entry, frame, args, site)
         if site is None:
             return call_unrecorded(collector, entry, func, args, kwargs)
         seen = args, kwargs
@@ -653,27 +655,6 @@ class FunctionMode(TorchFunctionMode):
         if method is None or method.f_back is None:
             return False
         return self._callers.place(method.f_back).is_operator
-
-    def _operator_site(
-        self,
-        entry: Entry,
-        site: CallSite | None,
-        frame: FrameType,
-        args: tuple[Any, ...],
-    ) -> CallSite | None:
-        """The site of the operator that was written, else that of the function."""
-        place = self._callers.place(frame)
-        if place.unary:
-            return entry.unary_site or site
-        if not place.is_operator or entry.operator_site is None:
-            return site
-        if (
-            place.swapped
-            and not isinstance(args[-1], torch.Tensor)
-            and self._callers.is_swapped(frame, place, args)
-        ):
-            return self._table.site(f"Tensor.{place.swapped}.")
-        return entry.operator_site
 
     def _as_called(
         self,
@@ -711,6 +692,39 @@ class FunctionMode(TorchFunctionMode):
             )
         except KeyError:
             return args, kwargs
+
+
+def operator_site(
+    callers: Callers,
+    table: FunctionTable,
+    entry: Entry,
+    frame: FrameType,
+    args: tuple[Any, ...],
+    site: CallSite | None = None,
+) -> CallSite | None:
+    """The site of the operator that was written, else that of the function.
+
+    Args:
+        callers: Places that were read.
+        table: Of functions.
+        entry: Of the function.
+        frame: Its caller.
+        args: Its positional arguments, the tensor first.
+        site: In place of that of the function.
+    """
+    site = site or entry.site
+    place = callers.place(frame)
+    if place.unary:
+        return entry.unary_site or site
+    if not place.is_operator or entry.operator_site is None:
+        return site
+    if (
+        place.swapped
+        and not isinstance(args[-1], torch.Tensor)
+        and callers.is_swapped(frame, place, args)
+    ):
+        return table.site(f"Tensor.{place.swapped}.")
+    return entry.operator_site
 
 
 def _behind_modes(frame: FrameType) -> FrameType:

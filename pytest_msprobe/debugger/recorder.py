@@ -29,6 +29,7 @@ from pytest_msprobe.debugger.load import Loader
 from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.modules import ModuleWrappers, root_models
 from pytest_msprobe.debugger.raw import RawStep
+from pytest_msprobe.debugger.replaced import ReplacedFunctions
 from pytest_msprobe.debugger.writes import TritonWatch, WriteBarriers
 from pytest_msprobe.dump.layout import TENSORS, rank_name
 from pytest_msprobe.dump.writer import DumpWriter
@@ -188,6 +189,8 @@ class Recorder:
         )
         self._wrappers: dict[tuple[int, ...], ModuleWrappers] = {}
         self._wrapped: WrappedFunctions | None = None
+        self._replaced: ReplacedFunctions | None = None
+        self._has_gradients = has_gradients
         self._barriers: WriteBarriers | None = None
         self._watch: TritonWatch | None = None
         self._single: ModuleWrappers | None = None
@@ -253,7 +256,11 @@ class Recorder:
             )
             self._wrapped = WrappedFunctions(self.collector, table)
             self._wrapped.install()
-            self.mode = FunctionMode(self.collector, table)
+            if self.config.function_hooks == "replace" and not self._has_gradients:
+                self._replaced = ReplacedFunctions(self.collector, table)
+                self._replaced.install()
+            else:
+                self.mode = FunctionMode(self.collector, table)
             if self._regions is not None:
                 self._regions.install()
         elif self._barriers is None and not self.config.has_functions:
@@ -278,6 +285,8 @@ class Recorder:
             self.collector.begin_unseen()
         if self._wrapped is not None:
             self._wrapped.remove()
+        if self._replaced is not None:
+            self._replaced.remove()
         self._single = ModuleWrappers(self.collector, module)
         self._single.install_one(name)
         return True
@@ -292,6 +301,8 @@ class Recorder:
             self.collector.end_unseen()
         if self._wrapped is not None:
             self._wrapped.install()
+        if self._replaced is not None:
+            self._replaced.install()
         if self.collector.is_recording:
             self.recording.enter_functions()
 
@@ -312,7 +323,9 @@ class Recorder:
             self._regions.remove()
         if self.mode is not None:
             self.mode.leave()
-        self._wrapped = self.mode = None
+        if self._replaced is not None:
+            self._replaced.remove()
+        self._wrapped = self._replaced = self.mode = None
         if self._barriers is not None:
             self._barriers.remove()
         if self._watch is not None:

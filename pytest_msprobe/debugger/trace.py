@@ -22,6 +22,9 @@ from pytest_msprobe.model.calls import Frame, Phase, Tree
 if TYPE_CHECKING:
     from pytest_msprobe.debugger.recipes import Recipe
 
+# Where nobody replaces them.
+_clone = torch._C.TensorBase.clone  # noqa: SLF001
+_as_strided = torch._C.TensorBase.as_strided  # noqa: SLF001
 # Larger tensors are read before they are written; of smaller ones a copy is kept.
 _MOST_COPIED = {"cpu": 1 << 18, "cuda": 1 << 23}
 # So many sequences are remembered; where calls never repeat, memory stays bounded.
@@ -101,7 +104,7 @@ def _copies(whole: torch.Tensor, tensors: dict[int, Any]) -> dict[int, torch.Ten
         tensors: By id.
     """
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-        copy = whole.clone()
+        copy = _clone(whole)
         copies = {id(whole): copy}
         if len(tensors) == 1:
             return copies
@@ -115,9 +118,9 @@ def _copies(whole: torch.Tensor, tensors: dict[int, Any]) -> dict[int, torch.Ten
                 shape, strides = tensor.shape, tensor.stride()
                 reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
                 if offset + reach < whole.numel() and tensor.numel():
-                    copies[key] = copy.as_strided(shape, strides, offset)
+                    copies[key] = _as_strided(copy, shape, strides, offset)
                     continue
-            copies[key] = tensor.clone()
+            copies[key] = _clone(tensor)
         return copies
 
 

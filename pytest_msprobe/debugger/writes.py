@@ -10,7 +10,7 @@ or that return nothing.
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import PLAIN_TYPES
 
-_NAMESPACES: tuple[Any, ...] = (
+NAMESPACES: tuple[Any, ...] = (
     torch,
     torch._C._nn,  # noqa: SLF001 - where torch.nn.functional finds its functions
     torch.nn.functional,
@@ -99,9 +99,22 @@ class WriteBarriers:
         self._collector = collector
         self._originals: list[tuple[Any, str, Any]] = []
 
-    def install(self) -> None:
-        """Replaces them."""
-        for owner, name, written in _writers():
+    def install(
+        self,
+        *,
+        but: Container[tuple[int, str]] = (),
+        has_operators: bool = True,
+    ) -> None:
+        """Replaces them.
+
+        Args:
+            but: Ids of owners and names that are left as they are.
+            has_operators: Whether operators that write are replaced, too.
+        """
+        for owner, name, written in _torch_writers():
+            if (id(owner), name) not in but:
+                self._replace(owner, name, written)
+        for owner, name, written in _operators() if has_operators else ():
             self._replace(owner, name, written)
 
     def remove(self) -> None:
@@ -171,7 +184,7 @@ def _torch_writers() -> list[_Replaced]:
         if schema.name.startswith("aten::")
         and any(argument.name == "out" for argument in schema.arguments)
     }
-    for owner in _NAMESPACES:
+    for owner in NAMESPACES:
         for name, function in vars(owner).items():
             if not callable(function) or isinstance(function, ModuleType | type):
                 continue
@@ -213,11 +226,6 @@ def _operators() -> Iterator[_Replaced]:
         yield packet, "_op", written
         for overload in packet.overloads():
             yield getattr(packet, overload), "_op", written
-
-
-def _writers() -> Iterator[_Replaced]:
-    yield from _torch_writers()
-    yield from _operators()
 
 
 class TritonWatch:
