@@ -374,9 +374,10 @@ class Trace:
             value = values[place]
             if type(value) not in PLAIN_TYPES:
                 continue
-            own = located.get(id(value))
+            key = id(value)
+            own = located.get(key)
             if own is None:
-                own = located[id(value)] = storage_address(value)
+                own = located[key] = storage_address(value)
             held = places.get(own)
             if held is None:
                 places[own] = [place]
@@ -418,8 +419,12 @@ class Trace:
             Whether that could be done; else they have to be read now.
         """
         places, values = self._places[storage], self.values
-        tensors = {id(values[place]): values[place] for place in places}
-        whole = max(tensors.values(), key=torch.Tensor.numel)
+        whole = values[places[0]]
+        tensors = {id(whole): whole}
+        for place in places:
+            tensors[id(values[place])] = values[place]
+        if len(tensors) > 1:
+            whole = max(tensors.values(), key=torch.Tensor.numel)
         size = whole.numel() * whole.element_size() * len(tensors)
         self._copied_bytes += size
         limit = _MOST_COPIED.get(whole.device.type, 0)
@@ -429,15 +434,23 @@ class Trace:
             return False
         copies = _copies(whole, tensors)
         del self._places[storage]
+        if self.counted:
+            self.counted -= copies.keys()
+        self.keys.append(Kept(tuple(places)))
+        if len(copies) == 1:
+            copy = copies[id(whole)]
+            for place in places:
+                values[place] = copy
+            self._located.pop(id(whole), None)
+            self._places[storage_address(copy)] = places
+            return True
         for place in places:
             values[place] = copies[id(values[place])]
-        self.counted -= copies.keys()
         for key, copy in copies.items():
             self._located.pop(key, None)
             self._places[storage_address(copy)] = []
         for place in places:
             self._places[storage_address(values[place])].append(place)
-        self.keys.append(Kept(tuple(places)))
         return True
 
     @property
