@@ -57,31 +57,31 @@ def on_gpu(size: int) -> dict[str, float]:
     ]
     target, out = torch.empty_like(inputs[0]), torch.empty((1, ROW_WIDTH)).double()
     out = out.cuda()
-    span = whole(inputs[0].shape)
-    form = cuda.form_of(span, span.columns, 2)
+    elements = size // 2
+    spans = cuda.prepare(torch.bfloat16, [whole(inputs[0].shape)], elements, 2)
+    ((_, others, _),) = spans.shared
     launcher = cuda.launcher(torch.device("cuda", 0))
     pending = cuda.Pending(launcher, torch.bfloat16)
-    entries = bytearray(len(inputs) * cuda.ENTRY.size)
-    for number, x in enumerate(inputs):
-        entry = (x.data_ptr(), 0, form.numbers, form.parts)
-        cuda.ENTRY.pack_into(entries, number * cuda.ENTRY.size, *entry)
-    table = torch.frombuffer(entries, dtype=torch.uint8).cuda()
-    parts = torch.arange(1, form.parts + 1, dtype=torch.int32).cuda()
+    entry = torch.frombuffer(bytearray(spans.entries), dtype=torch.int64)
+    table = entry.repeat(len(inputs), 1)
+    table[:, 0] += torch.tensor([x.data_ptr() for x in inputs])
+    table = table.cuda()
+    parts = torch.arange(1, others + 1, dtype=torch.int32).cuda()
 
     def launches(*, is_complete: bool) -> None:
         for number in range(LAUNCHES):
             x = inputs[number % len(inputs)]
-            pending.add(x.data_ptr(), 0, form, out.data_ptr())
+            pending.add(x.data_ptr(), 0, spans)
             pending.launch(out.data_ptr(), is_complete=is_complete)
 
     def kernels(*, is_complete: bool) -> None:
         for number in range(LAUNCHES):
             launcher.launch(
                 torch.bfloat16,
-                table.data_ptr() + number % len(inputs) * cuda.ENTRY.size,
+                table[number % len(inputs)].data_ptr(),
                 1,
                 parts.data_ptr(),
-                form.parts,
+                1 + others,
                 out.data_ptr(),
                 is_complete=is_complete,
             )

@@ -2,7 +2,7 @@
 """What a capture costs: steps of a real engine with and without one, side by side.
 
     python benchmarks/overhead.py [--model DIR | --shape NAME] [--rounds N]
-        [--msprobe DIR] [--save FILE]
+        [--variants NAME ...] [--plain] [--msprobe DIR] [--save FILE]
 
 Every tool has a process and an engine of its own; they take turns, so that a slow spell
 of the machine hits all of them. Figures are medians over the rounds, and ratios to the
@@ -10,11 +10,13 @@ engine that has no tool installed. Writing files happens when a capture ends and
 in them, for msProbe as little as it allows: it writes while the model runs. Rows, rows
 measured and bytes of the dump are those of a step.
 With --msprobe, the real tool (mindstudio-probe, in the site-packages given) runs as
-well, put around execute_model as its guide for vLLM says.
+well, put around execute_model as its guide for vLLM says: its guide does so with the
+class of model runner V1, here it is done with that of V2 as well.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -76,6 +78,8 @@ SHAPES = {
     },
 }
 SHORT, LONG = 1, 33
+CACHE_BYTES = 2 << 30
+RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
 
 def parse_arguments():
@@ -86,7 +90,7 @@ def parse_arguments():
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--prefill", type=int, default=3000, help="tokens, 0 for none")
     parser.add_argument("--variants", nargs="*", choices=OURS, default=list(OURS))
-    parser.add_argument("--memory", type=float, default=0.2, help="share of the GPU")
+    parser.add_argument("--plain", action="store_true", help="no stance, no idle")
     parser.add_argument("--msprobe", help="site-packages that hold the real msProbe")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -109,7 +113,9 @@ def start_engine(arguments):
     else:  # the demo model has fewer positions; what it says does not matter here
         options["hf_overrides"] = {"max_position_embeddings": 8192}
     if torch.cuda.is_available():
-        options["gpu_memory_utilization"] = arguments.memory
+        # No engine looks how much memory the others have left.
+        options["gpu_memory_utilization"] = 0.01
+        options["kv_cache_memory_bytes"] = CACHE_BYTES
     return LLM(
         enforce_eager=True,
         max_num_seqs=max(arguments.batches),
@@ -179,8 +185,6 @@ def measure_ours(llm, variant, what, number):
 
 def install_msprobe(level, folder):
     """Puts the real tool around execute_model, as its guide says."""
-    from vllm.v1.worker import gpu_model_runner
-
     config = {
         "task": "statistics",
         "dump_path": f"{folder}/dump",
@@ -193,35 +197,45 @@ def install_msprobe(level, folder):
     path.write_text(json.dumps(config), encoding="utf-8")
     from msprobe.pytorch import PrecisionDebugger, seed_all
 
-    runner = gpu_model_runner.GPUModelRunner
     state = {"is_on": False}
-    first, execute = runner.__init__, runner.execute_model
 
-    def begin(self, *args, **kwargs):
-        seed_all(mode=True)
-        self.debugger = PrecisionDebugger(config_path=str(path))
-        first(self, *args, **kwargs)
+    def put_around(runner):
+        first, execute = runner.__init__, runner.execute_model
 
-    def execute_model(self, *args, **kwargs):
-        if not state["is_on"]:
-            return execute(self, *args, **kwargs)
-        self.debugger.start(model=self.model)
-        try:
-            return execute(self, *args, **kwargs)
-        finally:
-            self.debugger.stop()
-            self.debugger.step()
+        def begin(self, *args, **kwargs):
+            seed_all(mode=True)
+            self.debugger = PrecisionDebugger(config_path=str(path))
+            first(self, *args, **kwargs)
 
-    runner.__init__, runner.execute_model = begin, execute_model
+        def execute_model(self, *args, **kwargs):
+            if not state["is_on"]:
+                return execute(self, *args, **kwargs)
+            self.debugger.start(model=self.model)
+            try:
+                return execute(self, *args, **kwargs)
+            finally:
+                self.debugger.stop()
+                self.debugger.step()
+
+        runner.__init__, runner.execute_model = begin, execute_model
+
+    for name in RUNNERS:
+        with contextlib.suppress(ImportError):
+            put_around(importlib.import_module(name).GPUModelRunner)
     return state
+
+
+def runner_of(llm):
+    """The model runner of an engine in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
 
 
 def install_stance(llm):
     """Runs steps with functions compiled by plain torch.compile run eagerly."""
     import torch
 
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     execute, sample = runner.execute_model, runner.sample_tokens
 
     def eager(function):
@@ -246,7 +260,7 @@ def serve(arguments):
     llm = start_engine(arguments)
     if tool == "stance":
         install_stance(llm)
-    answers.write(json.dumps(facts()) + "\n")
+    answers.write(json.dumps(facts(llm)) + "\n")
     answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
@@ -263,7 +277,7 @@ def serve(arguments):
         answers.flush()
 
 
-def facts():
+def facts(llm):
     """What the figures were measured with."""
     import torch
     import vllm
@@ -275,6 +289,7 @@ def facts():
         "device": device,
         "threads": torch.get_num_threads(),
         "vllm": vllm.__version__,
+        "runner": type(runner_of(llm)).__module__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
@@ -287,6 +302,7 @@ class Child:
     """A process with an engine and at most one tool."""
 
     def __init__(self, tool):
+        self.tool = tool
         plugins = "msprobe" if tool == "ours" else "none"
         command = [sys.executable, __file__, "--child", tool, *sys.argv[1:]]
         self.process = subprocess.Popen(
@@ -301,12 +317,16 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.facts = self._read()
+
+    def facts(self):
+        """What it measures with, once its engine has started."""
+        return self._read()
 
     def _read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a child process ended: see what it printed above")
+            message = f"the process of {self.tool} ended: see what it printed above"
+            raise SystemExit(message)
         return json.loads(line)
 
     def ask(self, **request):
@@ -355,14 +375,19 @@ def summarize(samples):
 
 def run(arguments):
     """After each round, replies by variant and kind of step, and what was measured."""
-    tools = {"off": ("none", "off"), "stance": ("stance", "stance")}
-    tools |= {name: ("ours", name) for name in ("idle", *arguments.variants)}
+    tools = {"off": ("none", "off")}
+    names = arguments.variants
+    if not arguments.plain:
+        tools["stance"] = ("stance", "stance")
+        names = ["idle", *names]
+    tools |= {name: ("ours", name) for name in names}
     if arguments.msprobe:
         tools |= {f"msProbe {n}": (f"msprobe {n}", n) for n in ("L0", "mix")}
     children = {}
     for tool, _ in tools.values():
         if tool not in children:
             children[tool] = Child(tool)
+    found = {tool: child.facts() for tool, child in children.items()}
     steps = [("decode", batch) for batch in arguments.batches]
     if arguments.prefill:
         steps.append(("prefill", arguments.prefill))
@@ -372,7 +397,7 @@ def run(arguments):
             for name, (tool, variant) in tools.items():
                 reply = children[tool].ask(variant=variant, what=what, number=number)
                 samples.setdefault((name, what, number), []).append(reply)
-        yield samples, children["none"].facts
+        yield samples, found["none"]
     for child in children.values():
         child.close()
 

@@ -76,6 +76,10 @@ _LASTING = frozenset(
 _LEAST_WEIGHTS = 4096
 # So many calls are noted before they are read, memory permitting.
 _MOST_NOTED = 256
+# What may be held once it was read, of all that may be held; the rest may be noted.
+_HELD_SHARE = 3
+# Weights and KV caches are looked for among tensors of at least so many bytes.
+_LEAST_LASTING = 1 << 16
 # What may be held in copies of tensors that are written, of all that may be held.
 _COPIED_SHARE = 4
 # Of a call for each token and column of the model, roughly: a few tensors of 16 bits.
@@ -120,11 +124,14 @@ class Collector:
     width = 1
     region = ""
     _is_trying = False
+    _trace_limit = _MOST_NOTED  # of traced calls, that are noted before they are read
+    _counts_bytes = True  # and of their tensors, unless it is known that they are few
 
     def __init__(self, config: DebuggerConfig) -> None:
         self.config = config
         self.selection = Selection(config)
-        self.measurer = Measurer(config.pending_bytes, is_once=config.measure_once)
+        held = config.pending_bytes // _HELD_SHARE
+        self.measurer = Measurer(held, is_once=config.measure_once)
         self.error: BaseException | None = None
         self.is_recording = False
         self.thread = threading.get_ident()
@@ -158,6 +165,7 @@ class Collector:
         self._lasting: set[Any] = set(_LASTING)
         self._log: list[RawCall] = []
         self._log_limit = self._most_noted = self._limit_of(1)
+        self._most_counted = config.pending_bytes - held
         self._step: RawStep | None = None
         self.generation = 0
         self._keeps_stacks = config.extra_info
@@ -356,6 +364,7 @@ class Collector:
                 )
                 self._most_noted = self._limit_of(self.layout.padded_tokens)
                 self._log_limit = self._most_noted
+                self._counts_bytes = self._most_noted < _MOST_NOTED
 
     # Calls ---------------------------------------------------------------------
 
@@ -506,7 +515,8 @@ class Collector:
                 is_lasting &= self._lasting.issuperset(map(type, kwargs.values()))
             sizes.append(len(values))
             if not (is_lasting or self._may_last((*args, *kwargs.values()))) or (
-                len(sizes) >= self._log_limit
+                len(sizes) >= self._trace_limit
+                or (self._counts_bytes and self._is_full(len(sizes) - 1))
             ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
@@ -539,14 +549,55 @@ class Collector:
                 given = values[sizes[-1] if sizes else 0 :]
                 values.extend(t for t in written if all(t is not v for v in given))
             sizes.append(len(values))
-            if not is_lasting or len(sizes) >= self._log_limit:
+            if (
+                not is_lasting
+                or len(sizes) >= self._trace_limit
+                or (self._counts_bytes and self._is_full(len(sizes) - 1))
+            ):
                 self.read_log()
         except Exception as error:  # noqa: BLE001 - never into the model
             self.fail(error)
 
+    def _is_full(self, event: int) -> bool:
+        """Whether the noted tensors have to be read, so many bytes do they hold.
+
+        It depends on nothing but what was noted, so that sequences end where they have
+        ended before.
+
+        Args:
+            event: The start or end whose values are new.
+        """
+        trace = self.trace
+        first = trace.sizes[event - 1] if event else 0
+        counted = trace.counted
+        new: list[torch.Tensor] = []
+        for value in trace.values[first:]:
+            key = id(value)
+            if key not in counted and type(value) in PLAIN_TYPES:
+                counted.add(key)
+                new.append(value)
+        if new:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
+                trace.counted_bytes += sum(map(self._bytes_of, new))
+        return trace.counted_bytes > self._most_counted
+
+    def _bytes_of(self, tensor: torch.Tensor) -> int:
+        """Bytes of a tensor that lasts no longer than it is held."""
+        size = tensor.numel() * tensor.element_size()
+        if size >= _LEAST_LASTING:
+            address = storage_address(tensor)
+            if address in self._constants or address in self._opaque:
+                return 0
+        return size
+
     def _may_last(self, values: Iterable[Any]) -> bool:
-        """Whether values can be read later; types not met before are looked at."""
-        kinds = set(map(type, values)) - self._lasting
+        """Whether values can be read later; types not met before are looked at.
+
+        A weight may have a class of its own; what writes it is met as for others.
+        """
+        constants = self._constant_ids
+        kinds = {type(value) for value in values if id(value) not in constants}
+        kinds -= self._lasting
         lasting = {kind for kind in kinds if not holds_others(kind)}
         self._lasting |= lasting
         return lasting == kinds
@@ -765,7 +816,7 @@ class Collector:
         if writes_others:
             self.before_any_write()
         self.unseen += 1
-        self._log_limit = 1
+        self._log_limit = self._trace_limit = 1
 
     def end_unseen(self, *, writes_others: bool = True) -> None:
         """It has ended."""
@@ -773,7 +824,7 @@ class Collector:
         if writes_others:
             self.measurer.forget()
         if not self.unseen:
-            self._log_limit = self._most_noted
+            self._log_limit, self._trace_limit = self._most_noted, _MOST_NOTED
 
     def _limit_of(self, tokens: int) -> int:
         """How many calls are noted before they are read, to bound what they hold."""

@@ -9,6 +9,7 @@ import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import KeyedRef
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Table(NamedTuple):
     address: int
     spans: int
     rows: int
-    prepared: Sequence[Any] = ()
+    prepared: Any = None
 
 
 class Plan:
@@ -194,6 +195,10 @@ class Unwritten:
 Addition = tuple[torch.Tensor, Plan, RowClass, int, int, Role]
 
 
+# A tensor or a weak reference to it, what was measured, and its storage's first byte.
+Seen = tuple[torch.Tensor | KeyedRef[int, torch.Tensor], Measured, int]
+
+
 class Measurer:
     """Measures tensors into chunks of rows.
 
@@ -207,8 +212,10 @@ class Measurer:
         refutations: How many slots turned out not to be token-major.
         is_launching: Whether its own kernels are being started.
         backends: Backend and reason by kind of device.
-        seen: Tensors measured, or soon, and not written since, by id.
+        seen: Tensors measured, or soon, and not written since, by id. Measured ones may
+            be kept weakly, so that they can end; then they are no longer in here.
         seen_storages: Their keys in `seen` by the first byte of their storage.
+        held_bytes: Of those that are kept alive.
     """
 
     def __init__(self, held_bytes: int = 0, *, is_once: bool = True) -> None:
@@ -240,12 +247,12 @@ class Measurer:
         # What the kernel has still to do; the tensors are kept alive by who asked.
         self._batch = array.array("q")
         self._batch_elements = 0
-        self.seen: dict[int, tuple[torch.Tensor, Measured]] = {}
+        self.seen: dict[int, Seen] = {}
         self.seen_storages: dict[int, list[int]] = {}
         # Storages that the next launch reads.
         self._unlaunched: set[int] = set()
-        self._seen_bytes = 0
-        self._held_bytes = held_bytes
+        self.held_bytes = 0
+        self._most_held = held_bytes
         self._is_once = is_once
         self._queues: dict[torch.device, DeviceQueue] = {}
 
@@ -342,21 +349,38 @@ class Measurer:
             result.append(measured)
             self._unlaunched.add(storage)
             key = id(tensor) if self._is_once else -1 - self.measured_rows
-            if key not in seen:  # else it was divided otherwise
-                size = plan.elements * plan.size
-                if size > self._held_bytes:
-                    self.launch()
-                    continue
-                if self._seen_bytes + size > self._held_bytes:
-                    self.forget()
-                self._seen_bytes += size
+            known = seen.get(key)
+            if known is None:  # else it was divided otherwise
                 keys = storages.get(storage)
                 if keys is None:
                     storages[storage] = [key]
                 else:
                     keys.append(key)
-            seen[key] = (tensor, measured)
+            seen[key] = (tensor, measured, storage)
+            if known is None or isinstance(known[0], KeyedRef):
+                self.held_bytes += plan.elements * plan.size
+                if self.held_bytes > self._most_held:
+                    self._let_go()
         return result
+
+    def _let_go(self) -> None:
+        """Measures what is held, and holds it no longer."""
+        self.launch()
+        seen = self.seen
+        for key, (tensor, measured, storage) in list(seen.items()):
+            if isinstance(tensor, KeyedRef):
+                continue
+            if self._is_once:
+                seen[key] = (KeyedRef(tensor, self._drop, key), measured, storage)
+            else:
+                del seen[key]
+        self.held_bytes = 0
+
+    def _drop(self, reference: KeyedRef[int, torch.Tensor]) -> None:
+        """A tensor that was kept weakly has ended."""
+        known = self.seen.get(reference.key)
+        if known is not None and known[0] is reference:
+            del self.seen[reference.key]
 
     def launch(self) -> None:
         """Measures the tensors of the calls of `measure` since the last launch."""
@@ -405,7 +429,7 @@ class Measurer:
         if self.seen:
             self.seen.clear()
             self.seen_storages.clear()
-        self._seen_bytes = 0
+        self.held_bytes = 0
 
     def release(self, storage: int) -> None:
         """A storage is about to be written: its tensors are measured, and forgotten.
@@ -419,8 +443,12 @@ class Measurer:
         if storage in self._unlaunched:
             self.launch()
         for key in keys:
-            _, measured = self.seen.pop(key)
-            self._seen_bytes -= measured.plan.elements * measured.plan.size
+            known = self.seen.get(key)
+            if known is None or known[2] != storage:
+                continue  # it has ended, and another one may have its id
+            del self.seen[key]
+            if not isinstance(known[0], KeyedRef):
+                self.held_bytes -= known[1].plan.elements * known[1].plan.size
 
     def _measure_placed(
         self,
@@ -567,8 +595,10 @@ class Measurer:
         table = plan.tables.get(key)
         if table is None:
             table = self._table(dtype, plan, _parts(plan.shape, pieces))
-            if plan.queue is None:
-                plan.tables[key] = table
+            plan.tables[key] = table
+        elif plan.queue is not None:
+            width = plan.elements // plan.first
+            table.prepared.move([piece.position * width for piece in pieces])
         elif table.spans:
             from pytest_msprobe.statistics import cpu
 

@@ -303,6 +303,8 @@ class Trace:
         sizes: As there.
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
+        counted: Tensors whose bytes were counted, by id.
+        counted_bytes: Of them all.
     """
 
     __slots__ = (
@@ -316,6 +318,8 @@ class Trace:
         "_root",
         "_stacks",
         "_started",
+        "counted",
+        "counted_bytes",
         "keys",
         "next_start",
         "sizes",
@@ -331,6 +335,8 @@ class Trace:
         self._known = 0
         self._located: dict[int, int] = {}  # storages by the ids of values
         self._copied_bytes = 0
+        self.counted: set[int] = set()
+        self.counted_bytes = 0
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -354,6 +360,8 @@ class Trace:
         if self._known:
             self._places, self._located = {}, {}
             self._known = self._copied_bytes = 0
+        if self.counted:
+            self.counted, self.counted_bytes = set(), 0
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -366,9 +374,10 @@ class Trace:
             value = values[place]
             if type(value) not in PLAIN_TYPES:
                 continue
-            own = located.get(id(value))
+            key = id(value)
+            own = located.get(key)
             if own is None:
-                own = located[id(value)] = storage_address(value)
+                own = located[key] = storage_address(value)
             held = places.get(own)
             if held is None:
                 places[own] = [place]
@@ -410,8 +419,12 @@ class Trace:
             Whether that could be done; else they have to be read now.
         """
         places, values = self._places[storage], self.values
-        tensors = {id(values[place]): values[place] for place in places}
-        whole = max(tensors.values(), key=torch.Tensor.numel)
+        whole = values[places[0]]
+        tensors = {id(whole): whole}
+        for place in places:
+            tensors[id(values[place])] = values[place]
+        if len(tensors) > 1:
+            whole = max(tensors.values(), key=torch.Tensor.numel)
         size = whole.numel() * whole.element_size() * len(tensors)
         self._copied_bytes += size
         limit = _MOST_COPIED.get(whole.device.type, 0)
@@ -421,6 +434,16 @@ class Trace:
             return False
         copies = _copies(whole, tensors)
         del self._places[storage]
+        if self.counted:
+            self.counted -= copies.keys()
+        self.keys.append(Kept(tuple(places)))
+        if len(copies) == 1:
+            copy = copies[id(whole)]
+            for place in places:
+                values[place] = copy
+            self._located.pop(id(whole), None)
+            self._places[storage_address(copy)] = places
+            return True
         for place in places:
             values[place] = copies[id(values[place])]
         for key, copy in copies.items():
@@ -428,7 +451,6 @@ class Trace:
             self._places[storage_address(copy)] = []
         for place in places:
             self._places[storage_address(values[place])].append(place)
-        self.keys.append(Kept(tuple(places)))
         return True
 
     @property

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -45,23 +46,28 @@ _GENERAL_TILE = 16
 _ALONE_TILES = 8
 _PART_TILES = 5
 MOST_PARTS = 264
+# From so many programs on the table is copied to the GPU first.
+_COPIED_PROGRAMS = 2000
 # Rows of programs that are added up together.
 _GROUP = 32
 # Partial rows that a launch may leave, and numbers of each.
 SCRATCH_ROWS = 8192
 _PARTIAL_WIDTH = 80
-# An entry of the table: address, slot, then rows, columns, bytes from row to row, first
+# An entry of the table: address, slot, rows, columns, bytes from row to row, first
 # index, index step from row to row; programs and, 16 bits up, its first partial row.
-ENTRY = struct.Struct("<qq40sq")
-_FORM = struct.Struct("<5q")
+ENTRY_WIDTH = 8
+_SLOT, _FIRST_INDEX, _PROGRAMS = 1, 5, 7
 # A program that is not the first of its span: number of the entry, its own number.
 PART_BITS = 12
 # Entries of a half of the table, and what the other programs do in the room of one.
 _HALF = 4096
-_ENTRY_NUMBERS = ENTRY.size // 4
-_PARTS = np.arange(1, MOST_PARTS + 1, dtype=np.int32)
+_ENTRY_NUMBERS = 2 * ENTRY_WIDTH
+_ENTRY_BYTES = 8 * ENTRY_WIDTH
+_PLACE, _NUMBER = struct.Struct("<2q"), struct.Struct("<q")
+# Up to so many tensors are placed in the table one by one.
+_FEW = 10
 
-_ENTRY = tl.constexpr(ENTRY.size // 8)
+_ENTRY = tl.constexpr(ENTRY_WIDTH)
 _PART_BITS = tl.constexpr(PART_BITS)
 _PART_MASK = tl.constexpr((1 << PART_BITS) - 1)
 _SEED = tl.constexpr(SEED)
@@ -798,38 +804,94 @@ def _measure_kernel(
             is_top = True
 
 
-class Form(NamedTuple):
-    """A span as the table holds it, but for its tensor and its place in the results.
+class Prepared:
+    """Spans of a tensor as the table holds them, but for where tensor and rows are.
 
     Attributes:
-        offset: Bytes from the tensor's first element.
-        numbers: Those of its entry that never change.
-        parts: Programs that read it.
-        partial_rows: Rows that they leave, 0 where one program has the result.
+        dtype: Of the elements.
+        entries: With offsets for addresses, slots and partial rows from 0.
+        count: How many.
+        offsets: From the tensor's first element, in bytes.
+        shared: Of those with more than one program: its number, programs but one, and
+            its first partial row.
+        partial_rows: Rows that programs leave for each other.
+        room: Entries of the table that it takes.
     """
 
-    offset: int
-    numbers: bytes
-    parts: int
-    partial_rows: int
+    __slots__ = (
+        "_numbers",
+        "count",
+        "dtype",
+        "entries",
+        "offsets",
+        "partial_rows",
+        "room",
+        "shared",
+    )
+
+    def __init__(self, dtype: torch.dtype, numbers: npt.NDArray[np.int64]) -> None:
+        """Takes entries whose slots and partial rows are not set.
+
+        Args:
+            dtype: Of the elements.
+            numbers: (count, 8).
+        """
+        self.dtype, self.count, self.partial_rows = dtype, len(numbers), 0
+        self._numbers = numbers
+        numbers[:, _SLOT] = np.arange(len(numbers))
+        self.offsets = tuple(numbers[:, 0].tolist())
+        shared: list[tuple[int, int, int]] = []
+        extra = 0
+        for number, programs in enumerate((numbers[:, _PROGRAMS] & 65535).tolist()):
+            numbers[number, _PROGRAMS] = programs | self.partial_rows << 16
+            if programs > 1:
+                shared.append((number, programs - 1, self.partial_rows))
+                self.partial_rows += programs + -(-programs // _GROUP)
+                extra += programs - 1
+        self.shared = tuple(shared)
+        self.room = self.count + -(-extra // _ENTRY_NUMBERS)
+        self.entries = numbers.tobytes()
+
+    def split(self) -> "tuple[Prepared, Prepared]":
+        """The first and the second half of the spans."""
+        half = self.count // 2
+        numbers = self._numbers
+        return (
+            Prepared(self.dtype, numbers[:half].copy()),
+            Prepared(self.dtype, numbers[half:].copy()),
+        )
+
+    def move(self, first_indices: Sequence[int]) -> None:
+        """The spans stand elsewhere in the whole; none may be waiting for a launch.
+
+        Args:
+            first_indices: Index of the first element of each.
+        """
+        self._numbers[:, _FIRST_INDEX] = first_indices
+        self.entries = self._numbers.tobytes()
 
 
-def form_of(span: Span, row_stride: int, size: int) -> Form:
-    """How a span is measured.
+def prepare(
+    dtype: torch.dtype, spans: Sequence[Span], row_stride: int, size: int
+) -> Prepared:
+    """Works out what does not depend on a tensor's place.
 
     Args:
-        span: Of a tensor, not empty.
+        dtype: One that `knows` knows.
+        spans: Of a tensor, not empty.
         row_stride: Elements from row to row of the tensor.
         size: Bytes of an element.
     """
-    offset = (span.first_row * row_stride + span.first_column) * size
-    numbers = collapse(span, row_stride, size)
-    parts = _parts_of(numbers[0] * -(-numbers[1] // 64), size)
-    partial_rows = parts + -(-parts // _GROUP) if parts > 1 else 0
-    return Form(offset, _FORM.pack(*numbers), parts, partial_rows)
+    numbers = np.zeros((len(spans), ENTRY_WIDTH), dtype=np.int64)
+    for number, span in enumerate(spans):
+        offset = (span.first_row * row_stride + span.first_column) * size
+        form = collapse(span, row_stride, size)
+        programs = _programs_of(form[0] * -(-form[1] // 64), size)
+        numbers[number] = (offset, 0, *form, programs)
+    return Prepared(dtype, numbers)
 
 
-def _parts_of(blocks: int, size: int) -> int:
+def _programs_of(blocks: int, size: int) -> int:
     """How many programs read a span; of the span alone, so that sums are the same."""
     tiles = -(-blocks // _tile_of(size))
     if tiles <= _ALONE_TILES:
@@ -925,99 +987,177 @@ class Pending:
             dtype: Of the elements; one that `knows` knows.
         """
         self._launcher, self._dtype = start, dtype
-        size = 2 * _HALF * ENTRY.size
+        size = 2 * _HALF * _ENTRY_BYTES
         table = torch.empty(size, dtype=torch.uint8, pin_memory=start.is_gpu)
         self._pinned, self._copy = table, torch.empty_like(table, device=start.device)
         self._table = memoryview(table.numpy())  # type: ignore[arg-type]
-        self._numbers = table.numpy().view(np.int32)
+        self._entries = table.numpy().view(np.int64).reshape(-1, ENTRY_WIDTH)
         self._address, self._copy_address = table.data_ptr(), self._copy.data_ptr()
         self._half = 0
         self._events: list[Any] = [None, None]
-        # First entry that was not launched yet, the next one, and the half's last.
-        self._first, self._next, self._end = 0, 0, _HALF
-        # Of the entries with more than one program: their number, programs but one.
-        self._shared: list[tuple[int, int]] = []
-        self._extra = 0
-        self._partial = 0
+        # The next entry, and how many are left of the half.
+        self._next, self._room = 0, _HALF
+        # What the next launch measures: spans, for each tensor its address and the slot
+        # of the first, and what they need behind the entries.
+        self._waiting: list[Prepared] = []
+        self._places: list[int] = []
+        self._partial = self._extra_room = 0
 
-    def add(self, address: int, slot: int, form: Form, out: int) -> None:
-        """Notes a span of a tensor.
+    def add(self, address: int, slot: int, spans: Prepared) -> None:
+        """Notes spans of a tensor.
 
         Args:
             address: Of the tensor's first element.
-            slot: Row of the result.
-            form: Of the span.
-            out: Address of the rows, in case the table is full.
+            slot: Row of the first result; the others follow.
+            spans: Of the tensor.
         """
-        offset, numbers, parts, partial_rows = form
-        extra = self._extra + parts - 1
-        place = self._next
-        if place + 1 + (extra + _ENTRY_NUMBERS - 1) // _ENTRY_NUMBERS > self._end:
-            self._turn(out)
-            place = self._next
-        elif self._partial + partial_rows > SCRATCH_ROWS:
-            self.launch(out)
-            place = self._next
-        if parts > 1:
-            self._shared.append((place - self._first, parts - 1))
-            self._extra += parts - 1
-            parts |= self._partial << 16
-            self._partial += partial_rows
-        at = place * ENTRY.size
-        ENTRY.pack_into(self._table, at, address + offset, slot, numbers, parts)
-        self._next = place + 1
+        self._waiting.append(spans)
+        self._places += (address, slot)
+        if spans.shared:
+            self._partial += spans.partial_rows
+            self._extra_room += spans.room - spans.count
 
     def launch(self, out: int, *, is_complete: bool = True) -> None:
-        """Starts the kernel for what was noted.
+        """Starts kernels for what was noted: one if the table has room for all.
 
         Args:
             out: Address on the GPU of rows of 73 float64.
             is_complete: Whether sketch and checksum are wanted.
         """
-        first, end = self._first, self._next
-        if first == end:
+        waiting, places = self._waiting, self._places
+        if not waiting:
             return
-        entries, extra, table = end - first, self._extra, self._address
-        if extra:
-            self._write_parts()
-            table = self._copy_address
+        has_shared, room = self._partial > 0, self._extra_room
+        fits = self._partial <= SCRATCH_ROWS
+        self._waiting, self._places = [], []
+        self._partial = self._extra_room = 0
+        written = b"".join([spans.entries for spans in waiting])
+        count = len(written) // _ENTRY_BYTES
+        if fits and count + room > self._room:
+            self._turn()
+            fits = count + room <= _HALF
+        if not fits:
+            self._launch_halves(waiting, places, out, is_complete=is_complete)
+            return
+        first = self._next
+        at = first * _ENTRY_BYTES
+        self._table[at : at + len(written)] = written
+        if len(waiting) <= _FEW:
+            self._place_few(waiting, places, at)
+        else:
+            self._place_many(waiting, places, self._entries[first : first + count])
+        end = self._next = first + count
+        programs, table = count, self._address
+        if has_shared:
+            programs += self._write_parts(waiting, first)
+            if programs >= _COPIED_PROGRAMS:
+                used = slice(at, self._next * _ENTRY_BYTES)
+                self._copy[used].copy_(self._pinned[used], non_blocking=True)
+                table = self._copy_address
+        self._room = (self._half + 1) * _HALF - self._next
         self._launcher.launch(
             self._dtype,
-            table + first * ENTRY.size,
-            entries,
-            table + end * ENTRY.size,
-            entries + extra,
+            table + at,
+            count,
+            table + end * _ENTRY_BYTES,
+            programs,
             out,
             is_complete=is_complete,
         )
-        self._first = self._next
-        self._partial = 0
 
-    def _write_parts(self) -> None:
-        """Writes what the other programs do behind the entries, and copies both."""
-        first = place = self._next * _ENTRY_NUMBERS
-        for number, extra in self._shared:
-            found = self._numbers[place : place + extra]
-            np.add(_PARTS[:extra], number << PART_BITS, out=found)
-            place += extra
-        self._shared.clear()
-        self._extra = 0
-        used = slice(self._first * ENTRY.size, place * 4)
-        self._copy[used].copy_(self._pinned[used], non_blocking=True)
-        self._next += -((first - place) // _ENTRY_NUMBERS)
+    def _launch_halves(
+        self,
+        waiting: list[Prepared],
+        places: list[int],
+        out: int,
+        *,
+        is_complete: bool,
+    ) -> None:
+        """Launches what is too much for one launch half by half."""
+        if len(waiting) == 1:
+            address, slot = places
+            first, second = waiting[0].split()
+            halves = [[(address, slot, first)], [(address, slot + first.count, second)]]
+        else:
+            given = list(zip(places[::2], places[1::2], waiting, strict=True))
+            half = len(given) // 2
+            halves = [given[:half], given[half:]]
+        for tensors in halves:
+            for tensor in tensors:
+                self.add(*tensor)
+            self.launch(out, is_complete=is_complete)
 
-    def _turn(self, out: int) -> None:
+    def _place_few(
+        self, waiting: Sequence[Prepared], places: Sequence[int], at: int
+    ) -> None:
+        """Writes addresses and slots one by one.
+
+        Args:
+            waiting: Spans of each tensor.
+            places: Address and slot of each.
+            at: Byte of the first entry.
+        """
+        table, pack, number = self._table, _PLACE.pack_into, 0
+        for spans in waiting:
+            address, slot = places[number], places[number + 1]
+            number += 2
+            for offset in spans.offsets:
+                pack(table, at, address + offset, slot)
+                at += _ENTRY_BYTES
+                slot += 1
+
+    def _place_many(
+        self,
+        waiting: Sequence[Prepared],
+        places: Sequence[int],
+        entries: npt.NDArray[np.int64],
+    ) -> None:
+        """Adds addresses and slots to entries, all at once."""
+        given = np.frombuffer(struct.pack(f"{len(places)}q", *places), np.int64)
+        given = given.reshape(-1, 2)
+        if len(entries) > len(waiting):
+            given = given.repeat([spans.count for spans in waiting], axis=0)
+        entries[:, :2] += given
+
+    def _write_parts(self, waiting: Sequence[Prepared], first: int) -> int:
+        """Writes what the other programs do behind the entries; returns how many.
+
+        Args:
+            waiting: Spans of each tensor.
+            first: The first entry.
+        """
+        table, entry, partial = self._table, 0, 0
+        begin = at = self._next * _ENTRY_BYTES
+        for spans in waiting:
+            for number, extra, own_partial in spans.shared:
+                if partial:
+                    programs = extra + 1 | partial + own_partial << 16
+                    place = (first + entry + number) * _ENTRY_BYTES + 8 * _PROGRAMS
+                    _NUMBER.pack_into(table, place, programs)
+                parts = _parts_behind(entry + number, extra)
+                table[at : at + len(parts)] = parts
+                at += len(parts)
+            entry += spans.count
+            partial += spans.partial_rows
+        self._next += -((begin - at) // _ENTRY_BYTES)
+        return (at - begin) // 4
+
+    def _turn(self) -> None:
         """Goes on with the table's other half."""
-        self.launch(out)
-        half = self._half
         if self._launcher.is_gpu:
-            self._events[half] = _recorded()
-        half = self._half = 1 - half
+            self._events[self._half] = _recorded()
+        half = self._half = 1 - self._half
         event = self._events[half]
         if event is not None:
             event.synchronize()
-        self._first = self._next = half * _HALF
-        self._end = self._next + _HALF
+        self._next, self._room = half * _HALF, _HALF
+
+
+@functools.lru_cache(4096)
+def _parts_behind(entry: int, extra: int) -> bytes:
+    """What the programs of an entry do that are not its first."""
+    parts = np.arange(1, extra + 1, dtype=np.int32)
+    return bytes(parts + (entry << PART_BITS))
 
 
 def _recorded() -> Any:
@@ -1126,8 +1266,8 @@ class CudaBackend:
             pending = Pending(launcher(tensor.device), tensor.dtype)
             self._pending[key] = pending
         address, out = tensor.data_ptr(), found.data_ptr()
-        for slot, span in enumerate(spans):
-            pending.add(address, slot, form_of(span, layout[1], kind.size), out)
+        prepared = prepare(tensor.dtype, spans, layout[1], kind.size)
+        pending.add(address, 0, prepared)
         pending.launch(out)
         _add_parts(found.cpu().numpy(), parts, rows, is_float=kind.value is not None)
 

@@ -8,7 +8,7 @@ them home.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,6 @@ from pytest_msprobe.statistics.spec import Span
 _ROWS = 8192
 
 
-class Prepared(NamedTuple):
-    """The spans of a tensor as a queue takes them."""
-
-    dtype: torch.dtype
-    forms: tuple[cuda.Form, ...]
-
-
 @dataclass(slots=True)
 class _Buffer:
     """Rows on the GPU, where they are copied to, and where they go in the end."""
@@ -36,7 +29,6 @@ class _Buffer:
     device: torch.Tensor
     pinned: torch.Tensor
     home: npt.NDArray[np.float64] | None = None
-    used: int = 0
     event: Any = None
 
     def settle(self) -> None:
@@ -45,13 +37,13 @@ class _Buffer:
             return
         if self.event is not None:
             self.event.synchronize()
-        self.home[: self.used] = self.pinned.numpy()[: self.used]
-        self.home, self.event, self.used = None, None, 0
+        self.home[:] = self.pinned.numpy()[: len(self.home)]
+        self.home, self.event = None, None
 
 
 def prepare(
     dtype: torch.dtype, spans: Sequence[Span], row_stride: int, size: int
-) -> Prepared:
+) -> cuda.Prepared:
     """Spans of a tensor as a queue takes them.
 
     Args:
@@ -59,10 +51,14 @@ def prepare(
         spans: None is empty.
         row_stride: Elements from row to row of the tensor.
         size: Bytes of an element.
+
+    Raises:
+        ValueError: There are more than the rows of a queue.
     """
-    return Prepared(
-        dtype, tuple(cuda.form_of(span, row_stride, size) for span in spans)
-    )
+    if len(spans) > _ROWS:
+        message = f"a tensor in {len(spans)} pieces: expected at most {_ROWS}"
+        raise ValueError(message)
+    return cuda.prepare(dtype, spans, row_stride, size)
 
 
 class DeviceQueue:
@@ -86,13 +82,17 @@ class DeviceQueue:
         ]
         self._current = 0
         self._out = 0
-        self._home: npt.NDArray[np.float64] | None = None
-        self._used = 0
+        # Memory that the rows of steps share, and the first row of the running one.
+        self._home = np.empty((_ROWS, ROW_WIDTH))
+        self._first = 0
+        # Rows of the running step; there is room for none before it has a buffer.
+        self._used = self._room = 0
+        self._usual = 0
         self._launcher = cuda.launcher(device)
         self._pending: dict[torch.dtype, cuda.Pending] = {}
 
     def add(
-        self, address: int, prepared: Sequence[Any]
+        self, address: int, prepared: cuda.Prepared
     ) -> tuple[npt.NDArray[np.float64], int]:
         """Notes a tensor to be measured; its owner keeps it until `launch`.
 
@@ -104,20 +104,18 @@ class DeviceQueue:
             Memory where a row for each span will be once `settle` has returned,
             (n, 73), and the first of them.
         """
-        dtype, forms = prepared
-        home = self._home
-        if home is None or self._used + len(forms) > _ROWS:
-            home = self._turn()
-        pending = self._pending.get(dtype)
+        used = self._used
+        end = used + prepared.count
+        if end > self._room:
+            self._turn(prepared.count)
+            used, end = 0, prepared.count
+        self._used = end
+        pending = self._pending.get(prepared.dtype)
         if pending is None:
-            pending = cuda.Pending(self._launcher, dtype)
-            self._pending[dtype] = pending
-        first = slot = self._used
-        for form in forms:
-            pending.add(address, slot, form, self._out)
-            slot += 1
-        self._used = slot
-        return home, first
+            pending = cuda.Pending(self._launcher, prepared.dtype)
+            self._pending[prepared.dtype] = pending
+        pending.add(address, used, prepared)
+        return self._home, self._first + used
 
     def launch(self) -> None:
         """Starts the kernels for everything noted."""
@@ -127,15 +125,16 @@ class DeviceQueue:
     def finish(self) -> None:
         """A step has ended: its rows are copied home, without waiting for them."""
         self.launch()
-        if self._home is None:
+        used = self._used
+        if not used:
             return
         buffer = self._buffers[self._current]
-        buffer.used, buffer.home = self._used, self._home
-        buffer.pinned[: self._used].copy_(
-            buffer.device[: self._used], non_blocking=self._is_cuda
-        )
+        buffer.home = self._home[self._first : self._first + used]
+        buffer.pinned[:used].copy_(buffer.device[:used], non_blocking=self._is_cuda)
         buffer.event = self._record()
-        self._home, self._used = None, 0
+        self._first += used
+        self._usual = used
+        self._used = self._room = 0
 
     def settle(self) -> None:
         """Waits until all rows are home."""
@@ -143,15 +142,20 @@ class DeviceQueue:
         for buffer in self._buffers:
             buffer.settle()
 
-    def _turn(self) -> npt.NDArray[np.float64]:
-        """Goes on with the other buffer."""
+    def _turn(self, count: int) -> None:
+        """Goes on with the other buffer, and with other memory if this is full.
+
+        Args:
+            count: Rows that are wanted.
+        """
         self.finish()
         self._current = 1 - self._current
-        self._buffers[self._current].settle()
-        self._home = np.empty((_ROWS, ROW_WIDTH))
-        self._used = 0
-        self._out = self._buffers[self._current].device.data_ptr()
-        return self._home
+        buffer = self._buffers[self._current]
+        buffer.settle()
+        if self._first + max(count, self._usual) > _ROWS:
+            self._home, self._first = np.empty((_ROWS, ROW_WIDTH)), 0
+        self._room = _ROWS - self._first
+        self._out = buffer.device.data_ptr()
 
     def _record(self) -> Any:
         if not self._is_cuda:

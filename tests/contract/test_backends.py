@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pytest_msprobe.compat import has_module
 from pytest_msprobe.model.records import (
+    CHECKSUM,
     COUNT,
     ROW_WIDTH,
     combine,
@@ -389,3 +390,29 @@ def test_queue_measures_many_tensors_together():
             assert (a.maximum, a.minimum) == (b.maximum, b.minimum)
             if b.sketch is not None:
                 assert a.sketch == pytest.approx(b.sketch, rel=1e-4, abs=1e-2)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA device here")
+def test_queue_has_room_for_steps_of_any_size(monkeypatch):
+    """Rows come home where tables and memory are too small for what a step measures."""
+    monkeypatch.setattr("pytest_msprobe.statistics.queue._ROWS", 16)
+    monkeypatch.setattr(cuda, "_HALF", 4)
+    queue = DeviceQueue(torch.device(DEVICE))
+    tensor = on_device(make_tensor("float32", (6, 70), 5), DEVICE)
+    prepared = prepare(
+        tensor.dtype, [rows_of((6, 70), r, 1, r) for r in range(6)], 70, 4
+    )
+    found = []
+    for step in range(3):
+        places = [queue.add(tensor.data_ptr(), prepared) for _ in range(2 + step)]
+        found += [(step, *place) for place in places]
+        queue.finish()
+        prepared.move([70 * (row + step + 1) for row in range(6)])
+    queue.settle()
+
+    for step, home, first in found:
+        rows = np.zeros((6, ROW_WIDTH))
+        spans = [[rows_of((6, 70), row, 1, row + step)] for row in range(6)]
+        ReferenceBackend().measure(tensor, spans, rows)
+        sums = home.view(np.uint64)[first : first + 6, CHECKSUM]
+        assert sums.tolist() == rows.view(np.uint64)[:, CHECKSUM].tolist()

@@ -6,8 +6,11 @@ import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.functions import Action, Entry, FunctionPoint
+from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.measure import Measurer
 from pytest_msprobe.debugger.modules import ModuleWrappers
+from pytest_msprobe.debugger.raw import CallSite
 
 HELD = 4000
 
@@ -18,28 +21,108 @@ def measurer():
     return Measurer(HELD)
 
 
-def test_a_tensor_too_large_to_keep_leaves_the_others_kept(measurer):
-    """What is larger than all that may be kept is measured at once and not kept."""
-    small, large = torch.ones(100), torch.ones(2000)
-    measurer.measure(small, set(), 0)
+def is_held(measurer, tensor):
+    """Whether a tensor is kept alive."""
+    known = measurer.seen.get(id(tensor))
+    return known is not None and known[0] is tensor
+
+
+def test_a_tensor_too_large_to_keep_is_measured_at_once(measurer):
+    """What is larger than all that may be kept is measured, known, and not kept."""
+    large, later = torch.ones(2000), torch.ones(200)
     measured = measurer.measure(large, set(), 1)
-    later = torch.ones(200)
+    assert measured.chunk[measured.first_row, 2] == 2000.0
+    assert measurer.held_bytes == 0
+
     measurer.measure(later, set(), 2)
 
-    assert id(small) in measurer.seen
-    assert id(later) in measurer.seen
-    assert id(large) not in measurer.seen
-    assert measured.chunk[measured.first_row, 2] == 2000.0
+    assert measurer.seen[id(large)][1] is measured
+    assert is_held(measurer, later)
+    key = id(large)
+    del large
+    assert key not in measurer.seen
 
 
 def test_no_more_is_kept_than_may_be(measurer):
-    """Tensors that would be too much together end what was kept before them."""
+    """Tensors that would be too much together are measured and may end."""
     tensors = [torch.ones(400) for _ in range(5)]
     for index, tensor in enumerate(tensors):
         measurer.measure(tensor, set(), index)
-        kept = sum(t.numel() * t.element_size() for t, _ in measurer.seen.values())
-        assert kept <= HELD
-        assert id(tensor) in measurer.seen
+        kept = sum(t.nbytes for t in tensors[: index + 1] if is_held(measurer, t))
+        assert kept == measurer.held_bytes <= HELD
+    assert all(id(tensor) in measurer.seen for tensor in tensors)
+
+
+def test_a_write_forgets_no_tensor_elsewhere(measurer):
+    """Where a tensor has ended, one that got its id is not mistaken for it."""
+    tensor = torch.ones(100)
+    measurer.measure(tensor, set(), 0)
+    elsewhere = tensor.data_ptr() + 4096
+    measurer.seen_storages[elsewhere] = [id(tensor)]
+
+    measurer.release(elsewhere)
+
+    assert is_held(measurer, tensor)
+    measurer.release(tensor.data_ptr())
+    assert not measurer.seen
+    assert measurer.held_bytes == 0
+
+
+def test_what_is_noted_is_read_before_it_holds_too_much(monkeypatch):
+    """Calls are read many at a time, and few where their tensors are large."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    size = 100 * 64 * 4
+    collector = Collector(DebuggerConfig(level="L0", pending_bytes=5 * size))
+    wrappers = ModuleWrappers(collector, model)
+    noted = []
+    read_log = Collector.read_log
+
+    def watched(self):
+        noted.append(self.trace.counted_bytes)
+        read_log(self)
+
+    monkeypatch.setattr(Collector, "read_log", watched)
+    wrappers.install(has_modules=True)
+    collector.begin_step(0)
+    collector.resume()
+    with torch.inference_mode():
+        model(torch.ones(100, 64))
+    step = collector.end_step()
+    wrappers.remove()
+
+    collector.raise_error()
+    assert len(step.calls) == len([n for n in noted if n])
+    assert 4 <= len(step.calls) <= 10
+    assert max(noted) <= 6 * size
+
+
+class Weight(torch.nn.Parameter):
+    """A parameter with a class of its own, as vLLM's weights are."""
+
+
+def test_a_weight_of_a_class_of_its_own_does_not_end_what_is_noted():
+    """A weight is read with the calls that were noted before it, with its numbers."""
+    x = torch.ones(3, 4)
+    weight = Weight(torch.full((4, 4), 2.0), requires_grad=False)
+    other = Weight(torch.ones(4, 4), requires_grad=False)
+    collector = Collector(DebuggerConfig(level="L1"))
+    collector.add_constants([weight])
+    site = CallSite("linear.", "", is_module=False)
+    point = FunctionPoint(site, Entry(Action.RECORD, site))
+    for number in range(3):
+        collector.begin_step(number)
+        collector.resume()
+        collector.note_start(point, (x, weight), {})
+        collector.note_end(point, x)
+        assert len(collector.trace.sizes) == 2
+        collector.note_start(point, (x, other), {})
+        assert not collector.trace.sizes  # it may be written where nobody sees it
+        collector.note_end(point, x)
+        calls = materialize(collector.end_step()).calls
+        collector.raise_error()
+
+        assert calls[0].input_args[1].rows[0, 2] == 32.0
+        assert calls[1].input_args[1].rows[0, 2] == 16.0
 
 
 def test_the_vocabulary_does_not_bound_what_is_noted():
