@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Columns, Pairs, columns_of, differs, distinct
+from pytest_msprobe.compare.match import Pairs, distinct
 from pytest_msprobe.compare.metrics import Error, row_errors
-from pytest_msprobe.compare.tolerance import ResolvedLimits, floors
+from pytest_msprobe.compare.tolerance import ResolvedLimits, floors, least_limits
 from pytest_msprobe.dump.capture import TensorLine
+from pytest_msprobe.dump.columns import Columns, differs
 from pytest_msprobe.model.dtypes import BY_CODE
 from pytest_msprobe.model.limits import NOISE_MULTIPLE, ROW_METRICS
 from pytest_msprobe.model.verdict import Finding, portable
@@ -104,8 +105,7 @@ class Errors:
 
     def _measure(self, index: _I64) -> _Measured:
         first, place = distinct(self._pairs, index)
-        lines = self._pairs.line_pairs(first)
-        old, new = (columns_of(side) for side in lines)
+        old, new = self._pairs.numbers(first)
         with np.errstate(all="ignore"):
             errors = row_errors(old, new)
         self._use_elements(errors, first)
@@ -114,13 +114,9 @@ class Errors:
             is_blank = np.isnan(old.high) & np.isnan(new.high)
             is_blank &= ~old.nonfinite.any(axis=1) & (reasons == _TOLERATED)
             reasons[is_blank] = _INTEGERS  # checksums are all that is known
-        noise = np.zeros((len(first), len(ROW_METRICS)))
-        for row, line in enumerate(lines[0]):
-            if line.n:
-                noise[row] = line.n
         return _Measured(
             {name: error.at(place) for name, error in errors.items()},
-            noise[place],
+            old.noise[place],
             old.count[place],
             {
                 n: v[place]
@@ -149,7 +145,7 @@ class Errors:
         for number, name in enumerate(ROW_METRICS):
             error = measured.errors[name]
             observed, floor = error.relative, measured.floor[name]
-            rule = self._rule(name, index, measured.count)
+            rule = least_limits(self._limits, name, index, measured.count)
             absolute = self._limits.absolute[name][index]
             noise = measured.noise[:, number]
             is_open = np.isposinf(rule)
@@ -179,19 +175,6 @@ class Errors:
         self.ratio[index] = worst
         self.rel_l2[index] = measured.errors["rel_l2"].relative
         self._check_exactly(index, measured.reasons)
-
-    def _rule(self, name: str, index: _I64, count: _F64) -> _F64:
-        """What the rules allow some rows.
-
-        Norms, means and extremes of a few elements are hardly averages: by default
-        they may be off by what an element may, rel_l2 / sqrt(elements), at least.
-        """
-        limits = self._limits
-        rule: _F64 = limits.limits[name][index]
-        is_default = limits.origins[name][index] == 0
-        is_default &= limits.origins["rel_l2"][index] == 0
-        least = limits.limits["rel_l2"][index] / np.sqrt(np.maximum(count, 1.0))
-        return np.where(is_default, np.maximum(rule, least), rule)
 
     def _check_exactly(self, index: _I64, reasons: npt.NDArray[np.int8]) -> None:
         """What no tolerance allows: other dtype, shape, NaN counts, integers."""

@@ -41,7 +41,6 @@ from pytest_msprobe.compare.tolerance import (
 from pytest_msprobe.dump.capture import (
     FORCED,
     CaptureFile,
-    TensorLine,
     without_collector,
 )
 from pytest_msprobe.model.limits import (
@@ -312,7 +311,7 @@ class _Judge:
         if self._mode == "same":
             return _Masks(counts, counts, unjudged)
         is_module, is_output = rows.is_of_module(new), rows.is_output[new]
-        is_float = rows.with_property(new, _is_float)
+        is_float = rows.has_sums(new)
         judged = counts & is_module & is_output
         evidence = judged | (counts & is_module & ~is_output & is_float)
         return _Masks(judged, evidence, unjudged)
@@ -339,7 +338,7 @@ class _Judge:
         is_flip = rows.in_segments(
             chosen, lambda text: text in own or self._schedule.is_flip(text)
         )
-        return is_flip & rows.with_property(chosen, _is_sampled_integer)
+        return is_flip & ~rows.has_sums(chosen) & rows.is_of_class(chosen, "sample")
 
     def _own_segments(self) -> set[str]:
         """Segments from which another token would have been sampled than was fed."""
@@ -539,15 +538,6 @@ def _describe_moved(moved: dict[int, int]) -> str:
 def _is_whole(segment: str) -> bool:
     """Whether a row has no token dimension."""
     return not segment
-
-
-def _is_float(line: TensorLine) -> bool:
-    """Whether a tensor has sums; integers have a maximum and a minimum only."""
-    return len(line.v) > 2  # noqa: PLR2004 - maximum and minimum
-
-
-def _is_sampled_integer(line: TensorLine) -> bool:
-    return line.row_class == "sample" and not _is_float(line)
 
 
 def _is_in(values: _I64, wanted: set[int]) -> _Bools:

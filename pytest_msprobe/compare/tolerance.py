@@ -15,11 +15,13 @@ from fnmatch import translate
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Columns
+from pytest_msprobe.dump.columns import Columns
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.limits import ROW_METRICS, KeyMode, Rule
 from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
 
+_F64 = npt.NDArray[np.float64]
+_I64 = npt.NDArray[np.int64]
 DEFAULT = "default"
 _NEAREST = 3
 # One unit in the last place, relative, of the types that a mean is rounded to.
@@ -122,6 +124,28 @@ class ResolvedLimits:
     def exact_origin(self, row: int) -> str:
         """Origin of the rule that one row must be exactly equal."""
         return self.sources[int(self.exact_origins[row])]
+
+
+def least_limits(limits: ResolvedLimits, metric: str, rows: _I64, count: _F64) -> _F64:
+    """Limits of some rows, tensors of few elements considered.
+
+    Norms, means and extremes of a few elements are hardly averages: by default they
+    may be off by what an element may, rel_l2 / sqrt(elements), at least.
+
+    Args:
+        limits: Of all rows.
+        metric: One of ROW_METRICS.
+        rows: The rows.
+        count: Their numbers of elements.
+
+    Returns:
+        (n,) limits, storage floor not included.
+    """
+    rule: _F64 = limits.limits[metric][rows]
+    is_default = limits.origins[metric][rows] == 0
+    is_default &= limits.origins["rel_l2"][rows] == 0
+    least = limits.limits["rel_l2"][rows] / np.sqrt(np.maximum(count, 1.0))
+    return np.where(is_default, np.maximum(rule, least), rule)
 
 
 def resolve_limits(

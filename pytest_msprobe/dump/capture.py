@@ -8,8 +8,9 @@ tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMA
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ DUMP = "dump"
 # Where the provenance says that another capture's tokens were fed back.
 FORCED = "teacher_forcing"
 FILE_NAME = "capture.rank{rank}.jsonl"
+# Numbers in the noise of a tensor.
+_METRICS = 5
 
 SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
 _CLASS_CODES = {"token": "t", "sample": "s", "neither": "n"}
@@ -188,7 +191,7 @@ class CaptureFile:
     """
 
     header: Header
-    tensors: dict[int, TensorLine] = field(default_factory=dict)
+    tensors: MutableMapping[int, TensorLine] = field(default_factory=dict)
     entries: list[CallLine | StepLine] = field(default_factory=list)
     path: Path | None = None
     files: dict[int, Path] = field(default_factory=dict)
@@ -222,23 +225,32 @@ def _shorten(slot: str) -> str:
     return slot
 
 
-def _lengthen(slot: str, side: str) -> str:
-    """A slot of the file with its side."""
-    if side == "output":
-        return slot if slot == "output" else f"output.{slot}"
-    return f"input_args.{slot}" if slot[:1].isdigit() else f"input_kwargs.{slot}"
+class _Lengthened(dict[str, str]):
+    """Slots of a file with their side, each made once: many calls share them."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        self._side = side
+
+    def __missing__(self, slot: str) -> str:
+        """Makes what was not asked for before."""
+        if self._side == "output":
+            text = slot if slot == "output" else f"output.{slot}"
+        elif slot[:1].isdigit():
+            text = f"input_args.{slot}"
+        else:
+            text = f"input_kwargs.{slot}"
+        self[slot] = text
+        return text
 
 
-def _with_slots(call: CallLine, convert: Callable[[str, str], str]) -> CallLine:
-    """A call with the names of its slots converted."""
-
-    def inputs(slots: dict[str, Any]) -> dict[str, Any]:
-        return {convert(slot, "input"): value for slot, value in slots.items()}
-
-    outputs = {convert(slot, "output"): value for slot, value in call.o.items()}
-    return CallLine(
-        call.c, call.l, inputs(call.i), outputs, inputs(call.x), call.r, call.m, call.p
+def _shortened(call: CallLine) -> CallLine:
+    """A call as it stands in the file."""
+    inputs, outputs, values = (
+        {_shorten(slot): value for slot, value in slots.items()}
+        for slots in (call.i, call.o, call.x)
     )
+    return CallLine(call.c, call.l, inputs, outputs, values, call.r, call.m, call.p)
 
 
 def encode(header: Header, lines: Iterable[Line]) -> bytes:
@@ -248,17 +260,15 @@ def encode(header: Header, lines: Iterable[Line]) -> bytes:
     for line in lines:
         entry = line
         if isinstance(line, CallLine):
-            entry = _with_slots(line, lambda slot, _side: _shorten(slot))
+            entry = _shortened(line)
         parts.append(encoder.encode(entry))
     return b"\n".join(parts) + b"\n"
 
 
 _HEADER = msgspec.json.Decoder(Header)
-_DECODERS: dict[bytes, msgspec.json.Decoder[Any]] = {
-    b'{"t"': msgspec.json.Decoder(TensorLine),
-    b'{"c"': msgspec.json.Decoder(CallLine),
-    b'{"st': msgspec.json.Decoder(StepLine),
-}
+_TENSOR = msgspec.json.Decoder(TensorLine)
+_CALL = msgspec.json.Decoder(CallLine)
+_STEP = msgspec.json.Decoder(StepLine)
 
 
 def read_header(path: Path) -> Header:
@@ -325,36 +335,70 @@ def without_collector() -> Iterator[None]:
 
 
 def _read_lines(result: CaptureFile, path: Path, content: bytes) -> None:
+    lines = _Lines()
+    result.tensors, result.entries = lines.tensors, lines.entries
+    kinds: dict[bytes, Callable[[bytes], None]] = {
+        b'{"t"': lines.tensor,
+        b'{"c"': lines.call,
+        b'{"st': lines.step,
+        b"": lambda _line: None,
+    }
     for number, line in enumerate(content.split(b"\n"), start=2):
-        if not line:
-            continue
-        decoder = _DECODERS.get(line[:4])
         try:
-            if decoder is None:
-                raise DumpFormatError("unknown kind of line")
-            entry = decoder.decode(line)
-            if isinstance(entry, CallLine):
-                entry = _with_slots(entry, _lengthen)
-            _add(result, entry)
+            kinds.get(line[:4], _unknown)(line)
         except (msgspec.MsgspecError, DumpFormatError) as error:
             message = f"{path}:{number}: {error}"
             raise DumpFormatError(message, slug="capture-format") from error
 
 
-def _add(result: CaptureFile, entry: Line) -> None:
-    if isinstance(entry, TensorLine):
+def _unknown(_line: bytes) -> None:
+    raise DumpFormatError("unknown kind of line")
+
+
+class _Lines:
+    """The lines of a file. Texts that many of them have are kept once."""
+
+    def __init__(self) -> None:
+        # numpy: only where a file is read.
+        from pytest_msprobe.dump.columns import TensorTable
+
+        self.tensors = TensorTable(_TENSOR.decode)
+        self._known = self.tensors.keys()
+        self.entries: list[CallLine | StepLine] = []
+        self._inputs = _Lengthened("input")
+        self._outputs = _Lengthened("output")
+        self._texts: dict[str, str] = {}
+
+    def tensor(self, line: bytes) -> None:
+        """A `t` line."""
+        entry: TensorLine = _TENSOR.decode(line)
         size = 4 if entry.d in SKETCHED else 2
-        if (
-            entry.k not in _CLASSES
-            or len(entry.v) != size
-            or len(entry.n) not in (0, 5)
-        ):
+        is_noise = not entry.n or len(entry.n) == _METRICS
+        if len(entry.v) != size or not is_noise or entry.k not in _CLASSES:
             raise DumpFormatError(f"tensor {entry.t} has a wrong class or numbers")
-        result.tensors[entry.t] = entry
-        return
-    if isinstance(entry, CallLine):
-        for ids in (*entry.i.values(), *entry.o.values()):
+        if entry.t in self._known:
+            raise DumpFormatError(f"tensor {entry.t} stands twice")
+        self.tensors.add(line, entry)
+
+    def call(self, line: bytes) -> None:
+        """A `c` line."""
+        entry: CallLine = _CALL.decode(line)
+        long, known = self._inputs, self._known
+        inputs, outputs = entry.i, entry.o
+        for ids in chain(inputs.values(), outputs.values()):
             for number in ids:
-                if number not in result.tensors:
+                if number not in known:
                     raise DumpFormatError(f"tensor {number} does not stand before it")
-    result.entries.append(entry)
+        entry.c = self._texts.setdefault(entry.c, entry.c)
+        if inputs:
+            entry.i = {long[slot]: ids for slot, ids in inputs.items()}
+        if entry.x:
+            entry.x = {long[slot]: value for slot, value in entry.x.items()}
+        if outputs:
+            long = self._outputs
+            entry.o = {long[slot]: ids for slot, ids in outputs.items()}
+        self.entries.append(entry)
+
+    def step(self, line: bytes) -> None:
+        """A `step` line."""
+        self.entries.append(_STEP.decode(line))

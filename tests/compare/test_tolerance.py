@@ -8,7 +8,6 @@ from captures import tensor_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_msprobe.compare.match import columns_of
 from pytest_msprobe.compare.tolerance import (
     common_glob,
     default_limits,
@@ -18,6 +17,7 @@ from pytest_msprobe.compare.tolerance import (
     rule_text,
     unmatched_error,
 )
+from pytest_msprobe.dump.columns import columns_of
 from pytest_msprobe.model.limits import LIMIT_NAMES, ROW_METRICS, Rule
 
 NAMES = ["Module.a.M.forward.0.output.0", "Module.b.M.forward.0.output.0"]
