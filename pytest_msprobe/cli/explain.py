@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pytest-msprobe explain`: what decides a test or a row, without an engine."""
 
+import dataclasses
+import math
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pytest_msprobe.compare.match import row_names
-from pytest_msprobe.compare.tolerance import default_limits, matching, unmatched_error
+from pytest_msprobe.compare.tolerance import (
+    DEFAULT,
+    default_limits,
+    least_limits,
+    matching,
+    resolve_limits,
+    unmatched_error,
+)
 from pytest_msprobe.config.settings import Settings, read_settings
 from pytest_msprobe.config.toml import has_table
 from pytest_msprobe.dump.capture import (
@@ -17,9 +28,19 @@ from pytest_msprobe.dump.capture import (
     read_header,
 )
 from pytest_msprobe.errors import ConfigError, DumpFormatError
-from pytest_msprobe.model.limits import LIMIT_NAMES, NOISE_MULTIPLE, ROW_METRICS, Rule
+from pytest_msprobe.model.limits import (
+    LIMIT_NAMES,
+    NOISE_MULTIPLE,
+    ROW_METRICS,
+    KeyMode,
+    Rule,
+)
+from pytest_msprobe.model.names import MODULE_PREFIX
 from pytest_msprobe.model.verdict import RowId
+from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
 
+_MODES: tuple[KeyMode, KeyMode] = ("same", "cross")
+_EXTREMES = 2  # numbers of integer types: maximum and minimum
 _SHOWN_ROWS = 5
 _SHOWN_COMMITS = 5
 _CONFIGS = ("msprobe.yaml", "pyproject.toml")
@@ -71,7 +92,7 @@ def explain(what: str, row: str | None, *, config: str | None) -> int:
         if row is None:
             found = True
             _print_golden(golden, capture)
-            _print_rules(settings.rules, row_names(capture))
+            _print_rules(settings.rules, capture)
         else:
             found |= _print_rows(golden, capture, settings, row)
     if not found:
@@ -86,7 +107,13 @@ def _nothing(
         tests = sorted({golden.test for golden in goldens})
         message = f"{what}: no golden is of such a test or has such a row"
         shown = ", ".join(tests[:_SHOWN_ROWS]) or "none"
-        return DumpFormatError(message, hint=f"tests with goldens: {shown}")
+        hint = f"tests with goldens: {shown}"
+        if goldens:
+            near = unmatched_error(
+                Rule(what, what), row_names(read_capture(goldens[0].path))
+            )
+            hint += f"; {near.hint}"
+        return DumpFormatError(message, hint=hint)
     return unmatched_error(Rule(what, row), row_names(read_capture(chosen[0].path)))
 
 
@@ -99,11 +126,9 @@ def _print_golden(golden: _Golden, capture: CaptureFile) -> None:
     header = capture.header
     print(f"{golden.test}")
     print(f"golden: {golden.path}, format {header.msprobe}")
-    print(f"numerics key: {header.key}, rank {header.rank} of {header.world}")
     print("must be equal in a candidate:")
     _print_mapping(header.signature)
-    print("made with:")
-    _print_mapping(header.provenance)
+    _print_origin(golden, capture)
     rows = row_names(capture)
     print(f"rows: {len(rows)}")
     for request in header.requests:
@@ -114,6 +139,14 @@ def _print_golden(golden: _Golden, capture: CaptureFile) -> None:
         print(f"calibrated: {runs}; {noisy} tensors with noise")
     else:
         print("calibrated: no")
+
+
+def _print_origin(golden: _Golden, capture: CaptureFile) -> None:
+    """Key, provenance and history of a golden."""
+    header = capture.header
+    print(f"numerics key: {header.key}, rank {header.rank} of {header.world}")
+    print("made with:")
+    _print_mapping(header.provenance)
     print("history:")
     for line in history(golden.path):
         print(f"  {line}")
@@ -142,9 +175,11 @@ def history(path: Path) -> list[str]:
     return done.stdout.splitlines() or ["not committed"]
 
 
-def _print_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
+def _print_rules(rules: Sequence[Rule], capture: CaptureFile) -> None:
+    dtype, names = _dtype_of(capture), row_names(capture)
     print("rules, a later one wins; then those of the test's marker and calls:")
-    print("  default: by dtype and key")
+    print(f"  default, same key: {_shown(default_limits('same', dtype))}")
+    print(f"  default, another key: {_shown(default_limits('cross', dtype))}")
     for rule in rules:
         count = int(matching(rule, names).sum())
         print(f"  {rule.origin}: {describe_rule(rule)} ({count} rows)")
@@ -165,34 +200,41 @@ def _print_rows(
 ) -> bool:
     """Prints what decides some rows of a golden; False if it has none of them."""
     rows = list(_rows_of(capture, glob))
-    for name, step, line in rows[:_SHOWN_ROWS]:
-        print(f"{name}")
-        print(f"  golden: {golden.path}, step {step}")
+    for row, line in rows[:_SHOWN_ROWS]:
+        print(f"{row.text}")
+        print(f"  golden: {golden.path}, step {row.step}")
         print(f"  {line.d} {line.s}, checksum {line.c}")
         print(f"  maximum, minimum, sum, sum of squares: {line.v}")
-        for mode in ("same", "cross"):
+        for mode in _MODES:
             print(f"  limits where the golden has {mode} key:")
-            for text in chain(capture, settings.rules, name, line, mode):
+            for text in chain(_dtype_of(capture), settings.rules, row, line, mode):
                 print(f"    {text}")
     if len(rows) > _SHOWN_ROWS:
         print(f"and {len(rows) - _SHOWN_ROWS} more rows of {golden.path}")
+    if rows:
+        print(f"{golden.test}")
+        _print_origin(golden, capture)
     return bool(rows)
 
 
-def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[str, int, TensorLine]]:
+def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[RowId, TensorLine]]:
     rule = Rule("", glob if set(glob) & set("*?[") else f"*{glob}*")
-    rows = {
-        RowId(call.c, slot, capture.tensors[number].g, step).text: (step, number)
+    found = (
+        (RowId(call.c, slot, capture.tensors[number].g, step), number)
         for step, call in capture.calls()
         for slots in (call.i, call.o)
         for slot, ids in slots.items()
         for number in ids
-    }
-    names = list(rows)
-    for name, is_wanted in zip(names, matching(rule, names), strict=True):
+    )
+    rows = {row.text: (row, number) for row, number in found}
+    for name, is_wanted in zip(rows, matching(rule, list(rows)), strict=True):
         if is_wanted:
-            step, number = rows[name]
-            yield name, step, capture.tensors[number]
+            row, number = rows[name]
+            yield row, capture.tensors[number]
+
+
+def _dtype_of(capture: CaptureFile) -> str:
+    return str(capture.header.signature.get("model", {}).get("dtype", ""))
 
 
 def _shown(limits: dict[str, float]) -> str:
@@ -200,23 +242,72 @@ def _shown(limits: dict[str, float]) -> str:
 
 
 def chain(
-    capture: CaptureFile,
+    dtype: str,
     rules: Sequence[Rule],
-    name: str,
+    row: RowId,
     line: TensorLine,
-    mode: str,
+    mode: KeyMode,
 ) -> Iterator[str]:
-    """The rules that a row's limits come from, in their order, and its noise."""
-    dtype = str(capture.header.signature.get("model", {}).get("dtype", ""))
-    limits = default_limits("cross" if mode == "cross" else "same", dtype)
-    yield f"default: {_shown(limits)}"
+    """The rules that a row's limits come from, in their order, and its noise.
+
+    Args:
+        dtype: The model's.
+        rules: Of the configuration.
+        row: The row.
+        line: Its numbers.
+        mode: Whether the golden has the same key.
+    """
+    is_output = row.slot.split(".")[0] == "output"
+    if mode == "cross" and not (row.call.startswith(MODULE_PREFIX) and is_output):
+        yield "not judged: with another key only outputs of modules are"
+        return
+    own = [r for r in rules if r.mode in (None, mode) and matching(r, [row.text])[0]]
+    if len(line.v) == _EXTREMES:
+        yield "integers must be equal, no tolerance applies"
+        own = [rule for rule in own if rule.ignore or rule.only]
+        yield from (f"{rule.origin}: {describe_rule(rule)}" for rule in own)
+        return
+    limits = default_limits(mode, dtype)
+    yield from _default(DEFAULT, limits, own, line, mode)
     if mode == "same":
         limits = default_limits("same", dtype, is_rescheduled=True)
-        yield f"default, where it was scheduled differently: {_shown(limits)}"
-    for rule in rules:
-        if rule.mode in (None, mode) and matching(rule, [name])[0]:
-            yield f"{rule.origin}: {describe_rule(rule)}"
+        origin = f"{DEFAULT}, where it was scheduled differently"
+        yield from _default(origin, limits, own, line, mode)
+    yield from (f"{rule.origin}: {describe_rule(rule)}" for rule in own)
+    if line.a is not None:
+        yield f"stored as 16 bits: {STORAGE_FLOOR:g} is added to rel_l2"
     if line.n:
         noise = zip(ROW_METRICS, line.n, strict=True)
         shown = ", ".join(f"{metric} {NOISE_MULTIPLE * n:g}" for metric, n in noise)
         yield f"noise x{NOISE_MULTIPLE:g}, where it is larger: {shown}"
+
+
+def _default(
+    origin: str,
+    limits: dict[str, float],
+    own: Sequence[Rule],
+    line: TensorLine,
+    mode: KeyMode,
+) -> Iterator[str]:
+    """Default limits of a row, and what few elements make of them.
+
+    Args:
+        origin: What they are.
+        limits: The limits.
+        own: Rules that name the row: they turn the widening off.
+        line: The row's numbers.
+        mode: Whether the golden has the same key.
+    """
+    yield f"{origin}: {_shown(limits)}"
+    everywhere = [dataclasses.replace(rule, rows="*") for rule in own]
+    resolved = resolve_limits([""], everywhere, limits, mode)
+    row, count = np.zeros(1, np.int64), np.array([float(math.prod(line.s))])
+    wide = {
+        metric: float(least_limits(resolved, metric, row, count)[0])
+        for metric in ROW_METRICS
+    }
+    raised = [m for m in ROW_METRICS if wide[m] > resolved.limits[m][0]]
+    if raised:
+        shown = ", ".join(f"{metric} {wide[metric]:g}" for metric in raised)
+        elements = "1 element" if count[0] == 1 else f"{count[0]:.0f} elements"
+        yield f"of {elements}, at least rel_l2 / sqrt(elements): {shown}"

@@ -33,6 +33,7 @@ from pytest_msprobe.compare.tolerance import (
     ResolvedLimits,
     common_glob,
     default_limits,
+    least_limits,
     matching,
     resolve_limits,
     rule_text,
@@ -134,7 +135,7 @@ class Noise:
         pairs: Their rows.
         rows: (n,) pairs that would be judged and are not equal.
         errors: (n,) by metric, unitless; infinite where no tolerance helps.
-        limits: (n,) by metric, what the rules allow.
+        limits: (n,) by metric, what the rules allow, few elements considered.
         judged: Rows that would be judged.
         tokens: How the tokens moved.
         rerouted: Rows not judged because a router of a mixture chose other experts.
@@ -164,7 +165,10 @@ def measure_noise(
     state = _Judge(golden, candidate, rules, mode, verdict)
     pairs, limits, masks, errors = state.compare()
     rows, relative = errors.relative(masks.judged)
-    allowed = {metric: limits.limits[metric][rows] for metric in ROW_METRICS}
+    count = pairs.numbers(rows)[0].count
+    allowed = {
+        metric: least_limits(limits, metric, rows, count) for metric in ROW_METRICS
+    }
     judged = int(masks.judged.sum())
     return Noise(
         pairs, rows, relative, allowed, judged, verdict.tokens, verdict.rerouted

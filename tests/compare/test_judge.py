@@ -13,7 +13,7 @@ from captures import KEY, OTHER_KEY, Network, capture, module, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.judge import judge, measure_noise
 from pytest_msprobe.dump.capture import StepLine
 from pytest_msprobe.model.limits import ROW_METRICS, Rule
 from pytest_msprobe.model.verdict import Verdict
@@ -338,6 +338,28 @@ def test_few_elements_are_no_average(size):
     rule = Rule("own", limits={"norm": 1e-3})
     verdict = across_keys(x, x * (1 + change), [rule])
     assert (verdict.status, verdict.worst[0].rule) == ("fail", "own")
+
+
+def test_noise_stands_beside_the_limits_that_judging_applies():
+    """Calibration measures noise by the wider limits of few elements, like verdicts."""
+    x = np.random.default_rng(1).standard_normal((1, 4))
+    golden, candidate = (
+        capture([(module("m"), 0, {}, {"output.0": array})], key=key)
+        for array, key in ((x, KEY), (x * 1.01, OTHER_KEY))
+    )
+
+    found = measure_noise(golden, candidate)
+    ruled = measure_noise(golden, candidate, [Rule("own", limits={"norm": 1e-3})])
+
+    assert {metric: limits[0] for metric, limits in found.limits.items()} == {
+        "rel_l2": 0.05,
+        "max": 0.06,
+        "min": 0.06,
+        "norm": 0.025,
+        "mean": 0.025,
+    }
+    assert ruled.limits["norm"][0] == 1e-3
+    assert ruled.limits["mean"][0] == 0.025
 
 
 def test_unlimited_distance_leaves_other_defaults():
