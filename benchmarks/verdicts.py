@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gate catches, what it names, and whether it ever cries wolf.
 
-    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...] [--table]
+    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...]
+                                  [--changes NAME ...] [--table]
 
 Four families of models with seeded random weights (families.py). `faults` plants every
 kind of fault at places from a seeded generator and judges against a clean capture, at
@@ -89,6 +90,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--changes", nargs="+", choices=BENIGN, default=list(BENIGN))
     parser.add_argument("--save", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print what is saved")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -351,13 +353,13 @@ def plain_runs(models):
     return {family: (model, {}, False) for family, model in models.items()}
 
 
-def faults(models, folder):
+def faults(models, folder, _changes):
     """Every kind of fault against a clean capture of the same engine."""
     more = {"levels": LEVELS, "goldens": {}, "sizes": SAME_SIZES}
     return ask_child(folder / "faults", "faults", plain_runs(models), **more)
 
 
-def cross(models, folder):
+def cross(models, folder, _changes):
     """Larger faults on AVX2 against goldens of AVX512-bf16."""
     levels, runs = ["L0", "mix"], plain_runs(models)
     place = folder / "goldens"
@@ -366,13 +368,14 @@ def cross(models, folder):
     return ask_child(folder / "cross", "faults", runs, AVX2, **more)
 
 
-def benign(models, folder):
+def benign(models, folder, changes):
     """Harmless changes; one line a judgement."""
     groups = defaultdict(dict)  # a process for each kind of machine
     for family, model in models.items():
         # Of this machine as it is.
         groups[json.dumps(PLAIN)][f"{family}-base"] = (model, {}, False)
-        for name, (machine, engine, is_batch) in BENIGN.items():
+        for name in changes:
+            machine, engine, is_batch = BENIGN[name]
             run = (model, engine, is_batch)
             groups[json.dumps(machine)][f"{family}-{name}"] = run
     found = {}
@@ -382,7 +385,7 @@ def benign(models, folder):
     result = {}
     for family in models:
         lines = []
-        for name in BENIGN:
+        for name in changes:
             sides = found[f"{family}-base"], found[f"{family}-{name}"]
             lines += [
                 {"change": name, "set": number, **judge_sets(*pair)}
@@ -412,9 +415,7 @@ def judge_sets(old, new):
     else:  # other kernels or ranks: A against B
         verdict = judge_against(golden, candidate)
     noise = measure_noise(golden, candidate)
-    is_float = noise.pairs.candidate.with_property(
-        noise.pairs.new[noise.rows], lambda line: len(line.v) > 2
-    )
+    is_float = noise.pairs.candidate.has_sums(noise.pairs.new[noise.rows])
     return {
         "greatest": {
             metric: portable(errors[is_float].max(initial=0.0))
@@ -425,6 +426,7 @@ def judge_sets(old, new):
         "is_green": verdict.is_green,
         "judged": verdict.judged,
         "equal": verdict.equal,
+        "rerouted": verdict.rerouted,
         "key": verdict.key,
         "why": "" if verdict.is_green else alarm(verdict),
     }
@@ -518,8 +520,9 @@ def print_faults(found, part, power):
 
 def print_alarms(found):
     """The table of benign changes."""
-    print("\n| change | families | judged | bits differ | red | rel_l2 | logprob |")
-    print("| --- " * 7 + "|")
+    columns = "judged | bits differ | rerouted | red | rel_l2 | logprob"
+    print(f"\n| change | families | {columns} |")
+    print("| --- " * 8 + "|")
     total = Counter()
     groups = {"dense": FAMILIES[:2], "experts": FAMILIES[2:]}
     for name in BENIGN:
@@ -536,8 +539,9 @@ def print_alarms(found):
             red = sum(not line["is_green"] for line in chosen)
             error = max(float(line["greatest"]["rel_l2"]) for line in chosen)
             logprob = max(line["logprob"] for line in chosen)
-            numbers = f"{len(chosen)} | {unequal} | {red} | {error:.2g} | {logprob:.2g}"
-            print(f"| {name} | {title} | {numbers} |")
+            moved = sum(bool(line.get("rerouted")) for line in chosen)
+            numbers = f"{len(chosen)} | {unequal} | {moved} | {red}"
+            print(f"| {name} | {title} | {numbers} | {error:.2g} | {logprob:.2g} |")
             key = "the same key" if chosen[0]["mode"] == "same" else "another key"
             total[title, key, "judged"] += len(chosen)
             total[title, key, "differ"] += unequal
@@ -617,9 +621,15 @@ def main():
                 family: write_family(family, folder / f"model-{family}")
                 for family in arguments.families
             }
-            for family, result in globals()[part](models, folder).items():
+            results = globals()[part](models, folder, arguments.changes)
+            for family, result in results.items():
                 result["date"] = time.strftime("%Y-%m-%d")
-                found["parts"][f"{part}/{family}"] = result
+                name = f"{part}/{family}"
+                if part == "benign":  # changes may be measured one by one
+                    known = found["parts"].get(name, {}).get("lines", [])
+                    others = [n for n in known if n["change"] not in arguments.changes]
+                    result["lines"] = others + result["lines"]
+                found["parts"][name] = result
         save(found, arguments.save)
         print(f"{part}: {time.monotonic() - began:.0f} s")
     table(found)
