@@ -2,13 +2,14 @@
 """What the gate catches, what it names, and whether it ever cries wolf.
 
     python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...]
-                                  [--changes NAME ...] [--table]
+                                  [--changes NAME ...] [--device cuda] [--table]
 
 Four families of models with seeded random weights (families.py). `faults` plants every
 kind of fault at places from a seeded generator and judges against a clean capture, at
 L0, L1 and mix; `cross` does so against a golden of another numerics key; `benign`
 changes something harmless and judges. Engines run in processes of their own, one at a
-time; each part is saved when it is done, so that parts can be run one by one.
+time; each part is saved when it is done, so that parts can be run one by one. On a GPU
+only `benign` is run.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from pathlib import Path
 from families import FAMILIES, write_family
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "benchmarks" / "results" / "verdicts.json"
+RESULTS = ROOT / "benchmarks" / "results"
+OUTPUTS = {"cpu": RESULTS / "verdicts.json", "cuda": RESULTS / "verdicts-cuda.json"}
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -35,6 +37,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "MSPROBE_ATTACH": "1",
 }
 PARTS = ("faults", "cross", "benign")
@@ -83,18 +86,32 @@ BENIGN = {
     "AVX512 without bf16": (AVX512, {}, False),
     "AVX2": (AVX2, {}, False),
     "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
+    "another engine": (PLAIN, {}, False),
+    "TRITON_ATTN": (PLAIN, {"attention_backend": "TRITON_ATTN"}, False),
+    "FLEX_ATTENTION": (PLAIN, {"attention_backend": "FLEX_ATTENTION"}, False),
 }
+CPU_ONLY = {"AVX512 without bf16", "AVX2", "TP=2"}
+GPU_ONLY = {"another engine", "TRITON_ATTN", "FLEX_ATTENTION"}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--changes", nargs="+", choices=BENIGN, default=list(BENIGN))
-    parser.add_argument("--save", type=Path, default=OUTPUT)
+    parser.add_argument("--changes", nargs="+", choices=BENIGN)
+    parser.add_argument("--device", choices=OUTPUTS, default="cpu")
+    parser.add_argument("--save", type=Path)
     parser.add_argument("--table", action="store_true", help="print what is saved")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    is_cuda = arguments.device == "cuda"
+    others = CPU_ONLY if is_cuda else GPU_ONLY
+    arguments.changes = arguments.changes or [n for n in BENIGN if n not in others]
+    arguments.save = arguments.save or OUTPUTS[arguments.device]
+    if is_cuda:
+        arguments.parts = ("benign",)
+        ENVIRONMENT["VERDICTS_DEVICE"] = "cuda"
+    return arguments
 
 
 # In a process with an engine ------------------------------------------------------
@@ -117,6 +134,8 @@ def run_child(task):
 
     for run in task["runs"]:
         given = {"model": run["model"], "dtype": "bfloat16", "max_model_len": 128}
+        if "VERDICTS_DEVICE" in os.environ:
+            given["gpu_memory_utilization"] = 0.1
         llm = start_engine(engine_arguments({**given, **run["engine"]}, "benchmark"))
         try:
             folder = Path(task["folder"]) / run["name"]
@@ -409,10 +428,12 @@ def judge_sets(old, new):
     if len(candidates) > 1:
         combined = combine_ranks(goldens), combine_ranks(candidates)
         golden, candidate = without_sharded(*combined)
-    is_alike = golden.header.provenance.keys() == candidate.header.provenance.keys()
+    made = golden.header.provenance, candidate.header.provenance
+    is_alike = made[0].keys() == made[1].keys()
+    is_alike &= made[0]["attention"] == made[1]["attention"]
     if is_alike and len(candidates) == 1:
         verdict = judge(golden, candidate).verdict
-    else:  # other kernels or ranks: A against B
+    else:  # other kernels, backends or ranks: A against B
         verdict = judge_against(golden, candidate)
     noise = measure_noise(golden, candidate)
     is_float = noise.pairs.candidate.has_sums(noise.pairs.new[noise.rows])
@@ -557,8 +578,9 @@ def print_alarms(found):
 
 def table(found):
     """Prints what is saved."""
-    print_faults(found, "faults", found["power"])
-    print_faults(found, "cross", found["cross_power"])
+    for part, power in (("faults", found["power"]), ("cross", found["cross_power"])):
+        if any(name.startswith(part) for name in found["parts"]):
+            print_faults(found, part, power)
     print_alarms(found)
 
 
@@ -601,7 +623,7 @@ def main():
     from pytest_msprobe.engine.trial import POWER_MULTIPLE, stated_power
 
     found = {"parts": {}}
-    if arguments.save.is_file():
+    if arguments.save.is_file():  # other parts and families are kept
         found = json.loads(arguments.save.read_text(encoding="utf-8"))
     if arguments.table:
         table(found)
