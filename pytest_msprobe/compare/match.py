@@ -11,14 +11,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.dump.capture import (
-    DUMP,
-    CallLine,
-    CaptureFile,
-    StepLine,
-    TensorLine,
-    class_code,
-)
+from pytest_msprobe.dump.call_table import CallName, call_columns
+from pytest_msprobe.dump.capture import DUMP, CaptureFile, TensorLine, class_code
 from pytest_msprobe.dump.columns import Columns, differs, table_columns
 from pytest_msprobe.model.names import MODULE_PREFIX, parse_call_name
 from pytest_msprobe.model.verdict import RowId
@@ -32,7 +26,7 @@ _PART_BITS = 28
 _name_and_level = attrgetter("c", "l")
 
 
-def parents_of(calls: Sequence[CallLine]) -> list[str]:
+def parents_of(calls: Sequence[CallName]) -> list[str]:
     """Name of the recorded module around each call, empty at the top.
 
     Calls stand in the order in which they ended, so a call's parent is the first one
@@ -52,7 +46,7 @@ def parents_of(calls: Sequence[CallLine]) -> list[str]:
     return parents
 
 
-def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
+def places_of(calls: Sequence[CallName], steps: Sequence[int]) -> list[str]:
     """What identifies each call within its step.
 
     A module's is its name. APIs are numbered over the whole step in their names, so
@@ -88,7 +82,7 @@ def _by_step(steps: Sequence[int]) -> Iterable[Sequence[int]]:
     return found.values()
 
 
-def _places_of_step(calls: Sequence[CallLine], apis: dict[str, str]) -> list[str]:
+def _places_of_step(calls: Sequence[CallName], apis: dict[str, str]) -> list[str]:
     """Places of the calls of one step.
 
     Args:
@@ -136,7 +130,8 @@ class Rows:
     """The rows of one capture in execution order; the first of equal keys counts.
 
     Attributes:
-        calls: All calls.
+        capture: The capture.
+        calls: Name and level of all calls.
         steps: (c,) step of each call.
         lines: The tensors that the calls refer to.
         columns: The same as columns.
@@ -152,7 +147,8 @@ class Rows:
             by call.
     """
 
-    calls: list[CallLine]
+    capture: CaptureFile
+    calls: list[CallName]
     steps: _I64
     lines: "Lines"
     columns: Columns
@@ -245,7 +241,8 @@ class _Uses:
     """Every slot segment of a capture, in execution order.
 
     Attributes:
-        calls: All calls.
+        capture: The capture.
+        calls: Name and level of all calls.
         steps: (c,) step of each call.
         lines: Tensors.
         columns: The same as columns.
@@ -257,7 +254,8 @@ class _Uses:
         is_output: (m,) whether it is of an output slot.
     """
 
-    calls: list[CallLine]
+    capture: CaptureFile
+    calls: list[CallName]
     steps: _I64
     lines: Lines
     columns: Columns
@@ -270,46 +268,30 @@ class _Uses:
 
 
 def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
-    # Objects are touched once: most of the time goes by waiting for memory.
-    calls: list[CallLine] = []
-    steps: list[int] = []
-    step = 0
-    # A slot's number and its side in one integer, then its tensors' ids.
-    slots: list[int] = []
-    sizes: list[int] = []
-    used: list[int] = []
-    ends: list[int] = []
+    calls = call_columns(capture.entries)
     known = words.slots
-    for entry in capture.entries:
-        if type(entry) is StepLine:
-            step = entry.step
-            continue
-        calls.append(entry)  # type: ignore[arg-type]
-        steps.append(step)
-        for side, slots_of_side in enumerate((entry.i, entry.o)):  # type: ignore[union-attr]
-            for slot, ids in slots_of_side.items():
-                slots.append(known.setdefault(slot, len(known)) * 2 + side)
-                sizes.append(len(ids))
-                used += ids
-        ends.append(len(used))
-    counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
-    call_column = np.repeat(np.arange(len(calls)), counts)
-    slot_column = np.repeat(np.array(slots, dtype=np.int64), sizes)
-    tensor_column = _positions(capture.tensors, used)
+    numbers = np.array(
+        [known.setdefault(slot, len(known)) for slot in calls.words], dtype=np.int64
+    )
+    counts = np.diff(np.array(calls.ends, dtype=np.int64), prepend=0)
+    call_column = np.repeat(np.arange(len(calls.names)), counts)
+    slots = np.repeat(np.array(calls.slots), np.array(calls.sizes, dtype=np.int64))
+    tensor_column = _positions(capture.tensors, np.array(calls.used, dtype=np.int64))
     columns = table_columns(capture.tensors)
     segments = _numbers(words.segments, columns.segments)
-    places = _numbers(words.places, places_of(calls, steps))
+    places = _numbers(words.places, places_of(calls.names, calls.steps))
     return _Uses(
-        calls,
-        np.array(steps, dtype=np.int64),
+        capture,
+        calls.names,
+        np.array(calls.steps, dtype=np.int64),
         Lines(capture.tensors),
         columns,
         places[call_column],
         call_column,
-        slot_column // 2,
+        numbers[slots >> 1],
         tensor_column,
         segments[tensor_column],
-        slot_column % 2 == 1,
+        (slots & 1).astype(np.bool_),
     )
 
 
@@ -320,9 +302,8 @@ def _numbers(known: dict[str, int], texts: Sequence[str]) -> _I64:
     return np.fromiter(map(known.__getitem__, texts), np.int64, len(texts))
 
 
-def _positions(tensors: MutableMapping[int, TensorLine], ids: list[int]) -> _I64:
+def _positions(tensors: MutableMapping[int, TensorLine], found: _I64) -> _I64:
     """Where the tensors with these ids stand among all."""
-    found = np.array(ids, dtype=np.int64)
     known = np.fromiter(tensors, np.int64, len(tensors))
     if (known == np.arange(len(known))).all():
         return found
@@ -346,6 +327,7 @@ def _rows(uses: _Uses, words: Vocabulary) -> Rows:
     number = np.empty(len(chosen), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(chosen))
     return Rows(
+        uses.capture,
         uses.calls,
         uses.steps,
         uses.lines,

@@ -8,14 +8,20 @@ tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMA
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
+)
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from pytest_msprobe.dump.call_table import CallTable
 from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.model import dtypes
 
@@ -192,7 +198,7 @@ class CaptureFile:
 
     header: Header
     tensors: MutableMapping[int, TensorLine] = field(default_factory=dict)
-    entries: list[CallLine | StepLine] = field(default_factory=list)
+    entries: MutableSequence[CallLine | StepLine] = field(default_factory=list)
     path: Path | None = None
     files: dict[int, Path] = field(default_factory=dict)
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -209,6 +215,8 @@ class CaptureFile:
     @property
     def steps(self) -> list[StepLine]:
         """Steps in order."""
+        if isinstance(self.entries, CallTable):
+            return self.entries.steps()
         return [entry for entry in self.entries if entry.__class__ is StepLine]
 
 
@@ -225,23 +233,14 @@ def _shorten(slot: str) -> str:
     return slot
 
 
-class _Lengthened(dict[str, str]):
-    """Slots of a file with their side, each made once: many calls share them."""
+def _input_slot(slot: str) -> str:
+    """An input slot of the file with its side."""
+    return f"input_args.{slot}" if slot[:1].isdigit() else f"input_kwargs.{slot}"
 
-    def __init__(self, side: str) -> None:
-        super().__init__()
-        self._side = side
 
-    def __missing__(self, slot: str) -> str:
-        """Makes what was not asked for before."""
-        if self._side == "output":
-            text = slot if slot == "output" else f"output.{slot}"
-        elif slot[:1].isdigit():
-            text = f"input_args.{slot}"
-        else:
-            text = f"input_kwargs.{slot}"
-        self[slot] = text
-        return text
+def _output_slot(slot: str) -> str:
+    """An output slot of the file with its side."""
+    return slot if slot == "output" else f"output.{slot}"
 
 
 def _shortened(call: CallLine) -> CallLine:
@@ -355,19 +354,28 @@ def _unknown(_line: bytes) -> None:
     raise DumpFormatError("unknown kind of line")
 
 
+def _decode_entry(line: bytes) -> CallLine | StepLine:
+    """A call or a step of the file, slots with their side."""
+    if line.startswith(b'{"st'):
+        step: StepLine = _STEP.decode(line)
+        return step
+    call: CallLine = _CALL.decode(line)
+    call.i = {_input_slot(slot): ids for slot, ids in call.i.items()}
+    call.o = {_output_slot(slot): ids for slot, ids in call.o.items()}
+    call.x = {_input_slot(slot): value for slot, value in call.x.items()}
+    return call
+
+
 class _Lines:
-    """The lines of a file. Texts that many of them have are kept once."""
+    """The lines of a file, taken apart."""
 
     def __init__(self) -> None:
         # numpy: only where a file is read.
         from pytest_msprobe.dump.columns import TensorTable
 
         self.tensors = TensorTable(_TENSOR.decode)
+        self.entries = CallTable(_decode_entry, _input_slot, _output_slot)
         self._known = self.tensors.keys()
-        self.entries: list[CallLine | StepLine] = []
-        self._inputs = _Lengthened("input")
-        self._outputs = _Lengthened("output")
-        self._texts: dict[str, str] = {}
 
     def tensor(self, line: bytes) -> None:
         """A `t` line."""
@@ -382,23 +390,8 @@ class _Lines:
 
     def call(self, line: bytes) -> None:
         """A `c` line."""
-        entry: CallLine = _CALL.decode(line)
-        long, known = self._inputs, self._known
-        inputs, outputs = entry.i, entry.o
-        for ids in chain(inputs.values(), outputs.values()):
-            for number in ids:
-                if number not in known:
-                    raise DumpFormatError(f"tensor {number} does not stand before it")
-        entry.c = self._texts.setdefault(entry.c, entry.c)
-        if inputs:
-            entry.i = {long[slot]: ids for slot, ids in inputs.items()}
-        if entry.x:
-            entry.x = {long[slot]: value for slot, value in entry.x.items()}
-        if outputs:
-            long = self._outputs
-            entry.o = {long[slot]: ids for slot, ids in outputs.items()}
-        self.entries.append(entry)
+        self.entries.add_call(line, _CALL.decode(line), self._known)
 
     def step(self, line: bytes) -> None:
         """A `step` line."""
-        self.entries.append(_STEP.decode(line))
+        self.entries.add_step(line, _STEP.decode(line))
