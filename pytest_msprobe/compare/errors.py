@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Pairs, distinct
+from pytest_msprobe.compare.match import Pairs, Rows, distinct
 from pytest_msprobe.compare.metrics import Error, row_errors
 from pytest_msprobe.compare.tolerance import ResolvedLimits, floors, least_limits
 from pytest_msprobe.dump.capture import TensorLine
 from pytest_msprobe.dump.columns import Columns, differs
 from pytest_msprobe.model.dtypes import BY_CODE
 from pytest_msprobe.model.limits import NOISE_MULTIPLE, ROW_METRICS
+from pytest_msprobe.model.segments import FIRST
 from pytest_msprobe.model.verdict import Finding, portable
 
 # What no tolerance allows, in the order in which it is reported.
@@ -25,6 +26,8 @@ _F64 = npt.NDArray[np.float64]
 _I64 = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 _NOISE = f"noise x{NOISE_MULTIPLE:g}"
+# Up to so many elements a row's own size may be near 0 by chance.
+FEW = 16
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class Errors:
         limits: ResolvedLimits,
         is_wanted: _Bools,
         elements: Elements | None = None,
+        is_loose: _Bools | None = None,
     ) -> None:
         """Computes the errors.
 
@@ -82,8 +86,10 @@ class Errors:
             limits: Their limits.
             is_wanted: Rows whose errors are of interest.
             elements: Of pairs whose tensors are saved.
+            is_loose: (n,) rows in which roundings may differ, None for none of them.
         """
         size = len(pairs.new)
+        self._is_loose = np.zeros(size, np.bool_) if is_loose is None else is_loose
         self._pairs = pairs
         self._limits = limits
         self._elements = elements
@@ -114,8 +120,10 @@ class Errors:
             is_blank = np.isnan(old.high) & np.isnan(new.high)
             is_blank &= ~old.nonfinite.any(axis=1) & (reasons == _TOLERATED)
             reasons[is_blank] = _INTEGERS  # checksums are all that is known
+        spread = {name: error.at(place) for name, error in errors.items()}
+        self._widen_scales(spread, index, old.count[place])
         return _Measured(
-            {name: error.at(place) for name, error in errors.items()},
+            spread,
             old.noise[place],
             old.count[place],
             {
@@ -124,6 +132,22 @@ class Errors:
             },
             reasons[place],
         )
+
+    def _widen_scales(self, errors: dict[str, Error], index: _I64, count: _F64) -> None:
+        """Where roundings may differ, few elements have their slot's usual size.
+
+        What one to a few elements come to may be near 0 by chance, a gate's output for
+        one token say; a rounding is large beside that.
+        """
+        is_few = self._is_loose[index] & (count <= FEW) & ~self._pairs.is_dump
+        if not is_few.any():
+            return
+        usual = usual_sizes(self._pairs.golden)[self._pairs.old[index]]
+        usual = np.where(is_few, usual, 0.0)
+        for name, error in errors.items():
+            is_norm = name in ("rel_l2", "norm")
+            least = usual * np.sqrt(count) if is_norm else usual
+            error.scale = np.fmax(error.scale, least)
 
     def _use_elements(self, errors: dict[str, Error], first: _I64) -> None:
         """Takes exact distances where they are known.
@@ -249,6 +273,31 @@ class Errors:
             noise=float(self._share[i]),
             element=element,
         )
+
+
+def usual_sizes(rows: Rows) -> _F64:
+    """Root mean square of each row's slot, over all its rows.
+
+    That of each request's first position, of huge activations often, does not count.
+
+    Returns:
+        (n,) in the tensors' unit, 0 where it is unknown.
+    """
+    _, slot = np.unique(rows.slot_key, return_inverse=True)
+    slot = slot.reshape(-1)
+    columns, tensors = rows.columns, rows.tensor
+    counts = ~rows.in_segments(np.arange(len(slot)), _is_first)
+    counts &= np.isfinite(columns.squares[tensors])
+    sums = [
+        np.bincount(slot, weights=np.where(counts, column[tensors], 0.0))
+        for column in (columns.squares, columns.count)
+    ]
+    usual: _F64 = np.sqrt(sums[0] / np.maximum(sums[1], 1.0))
+    return usual[slot]
+
+
+def _is_first(segment: str) -> bool:
+    return segment.endswith(f".{FIRST}")
 
 
 def _reasons(old: Columns, new: Columns) -> npt.NDArray[np.int8]:

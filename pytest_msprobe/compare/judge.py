@@ -14,7 +14,12 @@ from pytest_msprobe.compare.divergence import (
     find_divergence,
 )
 from pytest_msprobe.compare.errors import Elements, Errors
-from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
+from pytest_msprobe.compare.experts import (
+    Reroutes,
+    find_reroutes,
+    is_of_choice,
+    tells_choices,
+)
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
@@ -210,7 +215,7 @@ class _Judge:
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
         self._names: Sequence[str] = []
-        self._rerouted = ""
+        self._reroutes = Reroutes(np.zeros(0, dtype=np.bool_))
         self._search: Search | None = None
 
     def compare(
@@ -223,9 +228,11 @@ class _Judge:
         elements = measure(pairs) if measure is not None else None
         self._names = PairNames(pairs)
         limits = self._limits(pairs, self._names)
-        self._compare_tokens(limits)
         masks = self._masks(pairs, limits)
-        return pairs, limits, masks, Errors(pairs, limits, masks.evidence, elements)
+        self._compare_tokens(limits)
+        loose = self._is_loose(pairs)
+        errors = Errors(pairs, limits, masks.evidence, elements, loose)
+        return pairs, limits, masks, errors
 
     def run(
         self,
@@ -290,6 +297,8 @@ class _Judge:
         noise = NOISE_MULTIPLE * float(self._golden.header.noise.get("logprob", 0.0))
 
         def limit_of(label: int, number: int) -> float:
+            if self._reroutes.is_token_behind(label, number):
+                return max(limits.rerouted_logprob, noise)
             if self._schedule.is_token_moved(label, number):
                 return max(limits.moved_logprob, noise)
             return max(limits.logprob, noise)
@@ -322,14 +331,16 @@ class _Judge:
 
     def _is_rerouted(self, pairs: Pairs) -> _Bools:
         """Rows behind a router that chose other experts where rounding may do so."""
-        rows, new = pairs.candidate, pairs.new
-        is_loose = np.ones(len(new), dtype=np.bool_)
-        if self._mode == "same":
-            is_loose = rows.in_segments(new, self._schedule.is_moved)
-        found = find_reroutes(pairs, is_loose, self._candidate.steps)
-        self._rerouted = found.first
+        found = find_reroutes(pairs, self._is_loose(pairs), self._candidate.steps)
+        self._reroutes = found
         self._verdict.rerouted = int(found.is_behind.sum())
         return found.is_behind
+
+    def _is_loose(self, pairs: Pairs) -> _Bools:
+        """Rows in which roundings may differ."""
+        if self._mode == "cross":
+            return np.ones(len(pairs.new), dtype=np.bool_)
+        return pairs.candidate.in_segments(pairs.new, self._schedule.is_moved)
 
     def _is_flipped_token(self, rows: Rows, chosen: _I64) -> _Bools:
         """Integers of the sample that another token came from: the token itself.
@@ -516,11 +527,11 @@ class _Judge:
                 f"{verdict.noisy} rows have their limits from the noise that the "
                 f"golden was calibrated with (x{NOISE_MULTIPLE:g})"
             )
-        if self._rerouted:
+        if self._reroutes.first:
             notes.append(
-                f"routers chose other experts from {self._rerouted} on: "
+                f"routers chose other experts from {self._reroutes.first} on: "
                 f"{verdict.rerouted} rows that depend on it are not judged, tokens "
-                "and logprobs are"
+                "and logprobs are, with a limit of their own"
             )
         if self._candidate.header.provenance.get(FORCED):
             notes.append("the golden's tokens were fed back: all of decode is judged")

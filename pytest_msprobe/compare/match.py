@@ -161,6 +161,12 @@ class Rows:
     is_output: _Bools
     uses: _I64
 
+    @property
+    def slot_key(self) -> _I64:
+        """(n,) place and slot of each row, whatever its segment or step."""
+        found: _I64 = self.key >> np.int64(_PART_BITS)
+        return found
+
     def row_ids(self, rows: _I64) -> list[RowId]:
         """Identity of some rows."""
         slots, segments = list(self.words.slots), list(self.words.segments)

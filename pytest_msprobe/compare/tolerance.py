@@ -54,6 +54,8 @@ _LOGPROB = {
     ("same", "float32"): 1e-4,
     ("cross", "float32"): 5e-3,
 }
+# Of a token behind another choice of a router: another computation, in whatever dtype.
+REROUTED_LOGPROB = 0.5
 
 
 def dtype_class(model_dtype: str) -> str:
@@ -103,6 +105,7 @@ class ResolvedLimits:
         exact_origins: (n,) index into `sources` of the rule that says so.
         logprob: Limit of the difference of log-probabilities.
         moved_logprob: The same for tokens computed under another scheduling.
+        rerouted_logprob: The same for tokens behind another choice of a router.
         unmatched: Rules whose glob matches none of the rows.
     """
 
@@ -115,6 +118,7 @@ class ResolvedLimits:
     exact_origins: npt.NDArray[np.int64]
     logprob: float
     moved_logprob: float
+    rerouted_logprob: float
     unmatched: list[Rule]
 
     def origin(self, metric: str, row: int) -> str:
@@ -179,6 +183,7 @@ def resolve_limits(
         np.zeros(size, dtype=np.int64),
         defaults["logprob"],
         moved_defaults["logprob"],
+        REROUTED_LOGPROB,
         [],
     )
     only: npt.NDArray[np.bool_] | None = None
@@ -209,6 +214,7 @@ def _apply(
     result.sources.append(rule.origin)
     if "logprob" in rule.limits and mask.any():
         result.logprob = result.moved_logprob = rule.limits["logprob"]
+        result.rerouted_logprob = rule.limits["logprob"]
     limits = {**dict.fromkeys(ROW_METRICS, rule.limits.get("rtol")), **rule.limits}
     for metric in ROW_METRICS:
         limit = limits[metric]
