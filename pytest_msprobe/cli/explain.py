@@ -35,7 +35,7 @@ from pytest_msprobe.model.limits import (
     KeyMode,
     Rule,
 )
-from pytest_msprobe.model.names import MODULE_PREFIX
+from pytest_msprobe.model.names import CHOICE_CLASS, MODULE_PREFIX
 from pytest_msprobe.model.verdict import RowId
 from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
 
@@ -263,7 +263,10 @@ def chain(
         return
     own = [r for r in rules if r.mode in (None, mode) and matching(r, [row.text])[0]]
     if len(line.v) == _EXTREMES:
-        yield "integers must be equal, no tolerance applies"
+        if f".{CHOICE_CLASS}." in row.call and mode == "cross":
+            yield "what depends on another choice is not judged; tokens are"
+        else:
+            yield "integers must be equal, no tolerance applies"
         own = [rule for rule in own if rule.ignore or rule.only]
         yield from (f"{rule.origin}: {describe_rule(rule)}" for rule in own)
         return

@@ -83,11 +83,12 @@ def test_what_no_limit_is_for_says_so(tmp_path, monkeypatch, capsys):
     rules = "engine: {model: any}\ntolerances: {rules: [{rows: '*', ignore: true}]}\n"
     (tmp_path / "msprobe.yaml").write_text(rules)
     slots = {"input_args.0": np.ones((4, 2))}, {"output.0": np.arange(4)}
-    found = capture([("Module.a.M.forward.0", 0, *slots)])
+    choice = ("Module.e.choice.ExpertChoice.forward.0", 0, {}, slots[1])
+    found = capture([("Module.a.M.forward.0", 0, *slots), choice])
     content = golden_bytes(found, "test_a.py::test_one", found.header.key)
     (folder / "cpu-avx2-amd.jsonl").write_bytes(content)
 
-    assert main(["explain", "test_one", "*output*"]) == 0
+    assert main(["explain", "test_one", "*.a.*output*"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines.count("integers must be equal, no tolerance applies") == 2
     assert lines.count("msprobe.yaml:2: rows '*', ignore") == 2
@@ -95,6 +96,10 @@ def test_what_no_limit_is_for_says_so(tmp_path, monkeypatch, capsys):
     assert main(["explain", "test_one", "*input*"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines.count("not judged: with another key only outputs of modules are") == 1
+    assert main(["explain", "test_one", "*choice*"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines.count("integers must be equal, no tolerance applies") == 1
+    assert lines.count("what depends on another choice is not judged; tokens are") == 1
 
 
 def test_noise_is_part_of_the_chain(project, capsys):
