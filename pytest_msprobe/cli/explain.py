@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pytest_msprobe.compare.match import row_names
+from pytest_msprobe.compare.match import row_names, rows_of
 from pytest_msprobe.compare.tolerance import (
     DEFAULT,
     default_limits,
@@ -27,6 +27,7 @@ from pytest_msprobe.dump.capture import (
     read_capture,
     read_header,
 )
+from pytest_msprobe.dump.columns import table_columns
 from pytest_msprobe.errors import ConfigError, DumpFormatError
 from pytest_msprobe.model.limits import (
     LIMIT_NAMES,
@@ -91,8 +92,9 @@ def explain(what: str, row: str | None, *, config: str | None) -> int:
         capture = read_capture(golden.path)
         if row is None:
             found = True
-            _print_golden(golden, capture)
-            _print_rules(settings.rules, capture)
+            names = row_names(capture)
+            _print_golden(golden, capture, names)
+            _print_rules(settings.rules, _dtype_of(capture), names)
         else:
             found |= _print_rows(golden, capture, settings, row)
     if not found:
@@ -122,19 +124,18 @@ def _goldens(directory: Path) -> Iterator[_Golden]:
         yield _Golden(path, read_header(path).test)
 
 
-def _print_golden(golden: _Golden, capture: CaptureFile) -> None:
+def _print_golden(golden: _Golden, capture: CaptureFile, names: Sequence[str]) -> None:
     header = capture.header
     print(f"{golden.test}")
     print(f"golden: {golden.path}, format {header.msprobe}")
     print("must be equal in a candidate:")
     _print_mapping(header.signature)
     _print_origin(golden, capture)
-    rows = row_names(capture)
-    print(f"rows: {len(rows)}")
+    print(f"rows: {len(names)}")
     for request in header.requests:
         print(f"request {request.label}: generated {request.tokens}")
     if header.noise:
-        noisy = sum(bool(line.n) for line in capture.tensors.values())
+        noisy = int(table_columns(capture.tensors).noise.any(axis=1).sum())
         runs = ", ".join(header.noise.get("runs", []))
         print(f"calibrated: {runs}; {noisy} tensors with noise")
     else:
@@ -175,8 +176,7 @@ def history(path: Path) -> list[str]:
     return done.stdout.splitlines() or ["not committed"]
 
 
-def _print_rules(rules: Sequence[Rule], capture: CaptureFile) -> None:
-    dtype, names = _dtype_of(capture), row_names(capture)
+def _print_rules(rules: Sequence[Rule], dtype: str, names: Sequence[str]) -> None:
     print("rules, a later one wins; then those of the test's marker and calls:")
     print(f"  default, same key: {_shown(default_limits('same', dtype))}")
     print(f"  default, another key: {_shown(default_limits('cross', dtype))}")
@@ -218,19 +218,14 @@ def _print_rows(
 
 
 def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[RowId, TensorLine]]:
+    """Rows that a glob, or a part of their name, names; the last of equal names."""
     rule = Rule("", glob if set(glob) & set("*?[") else f"*{glob}*")
-    found = (
-        (RowId(call.c, slot, capture.tensors[number].g, step), number)
-        for step, call in capture.calls()
-        for slots in (call.i, call.o)
-        for slot, ids in slots.items()
-        for number in ids
-    )
-    rows = {row.text: (row, number) for row, number in found}
-    for name, is_wanted in zip(rows, matching(rule, list(rows)), strict=True):
-        if is_wanted:
-            row, number = rows[name]
-            yield row, capture.tensors[number]
+    rows = rows_of(capture)
+    chosen = np.flatnonzero(matching(rule, rows.names(np.arange(len(rows.key)))))
+    ids, places = rows.row_ids(chosen), rows.tensor[chosen].tolist()
+    last = {row.text: (row, place) for row, place in zip(ids, places, strict=True)}
+    for row, place in last.values():
+        yield row, rows.lines[place]
 
 
 def _dtype_of(capture: CaptureFile) -> str:

@@ -475,16 +475,18 @@ def pair_rows(
     return pairs
 
 
+def rows_of(capture: CaptureFile) -> Rows:
+    """All rows of one capture."""
+    words = Vocabulary()
+    return _rows(_collect(capture, words), words)
+
+
 def row_names(*captures: CaptureFile) -> list[str]:
     """Names that globs in rules are matched with, of all rows of some captures."""
-    found = {
-        RowId(call.c, slot, capture.tensors[number].g, step).text: None
-        for capture in captures
-        for step, call in capture.calls()
-        for slots in (call.i, call.o)
-        for slot, ids in slots.items()
-        for number in ids
-    }
+    found: dict[str, None] = {}
+    for capture in captures:
+        rows = rows_of(capture)
+        found.update(dict.fromkeys(rows.names(np.arange(len(rows.key)))))
     return list(found)
 
 
