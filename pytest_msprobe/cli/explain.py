@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pytest_msprobe.compare.errors import FEW, usual_sizes
 from pytest_msprobe.compare.match import row_names, rows_of
 from pytest_msprobe.compare.tolerance import (
     DEFAULT,
@@ -200,14 +201,15 @@ def _print_rows(
 ) -> bool:
     """Prints what decides some rows of a golden; False if it has none of them."""
     rows = list(_rows_of(capture, glob))
-    for row, line in rows[:_SHOWN_ROWS]:
+    for row, line, usual in rows[:_SHOWN_ROWS]:
         print(f"{row.text}")
         print(f"  golden: {golden.path}, step {row.step}")
         print(f"  {line.d} {line.s}, checksum {line.c}")
         print(f"  maximum, minimum, sum, sum of squares: {line.v}")
         for mode in _MODES:
             print(f"  limits where the golden has {mode} key:")
-            for text in chain(_dtype_of(capture), settings.rules, row, line, mode):
+            found = chain(_dtype_of(capture), settings.rules, row, line, mode, usual)
+            for text in found:
                 print(f"    {text}")
     if len(rows) > _SHOWN_ROWS:
         print(f"and {len(rows) - _SHOWN_ROWS} more rows of {golden.path}")
@@ -217,15 +219,23 @@ def _print_rows(
     return bool(rows)
 
 
-def _rows_of(capture: CaptureFile, glob: str) -> Iterator[tuple[RowId, TensorLine]]:
-    """Rows that a glob, or a part of their name, names; the last of equal names."""
+def _rows_of(
+    capture: CaptureFile, glob: str
+) -> Iterator[tuple[RowId, TensorLine, float]]:
+    """Rows that a glob, or a part of their name, names; the last of equal names.
+
+    Yields:
+        What it is, its numbers, and the usual size of its slot.
+    """
     rule = Rule("", glob if set(glob) & set("*?[") else f"*{glob}*")
     rows = rows_of(capture)
     chosen = np.flatnonzero(matching(rule, rows.names(np.arange(len(rows.key)))))
     ids, places = rows.row_ids(chosen), rows.tensor[chosen].tolist()
-    last = {row.text: (row, place) for row, place in zip(ids, places, strict=True)}
-    for row, place in last.values():
-        yield row, rows.lines[place]
+    sizes = usual_sizes(rows)[chosen].tolist()
+    found = zip(ids, places, sizes, strict=True)
+    last = {row.text: (row, place, size) for row, place, size in found}
+    for row, place, size in last.values():
+        yield row, rows.lines[place], size
 
 
 def _dtype_of(capture: CaptureFile) -> str:
@@ -242,6 +252,7 @@ def chain(
     row: RowId,
     line: TensorLine,
     mode: KeyMode,
+    usual: float = 0.0,
 ) -> Iterator[str]:
     """The rules that a row's limits come from, in their order, and its noise.
 
@@ -251,6 +262,7 @@ def chain(
         row: The row.
         line: Its numbers.
         mode: Whether the golden has the same key.
+        usual: Root mean square of its slot.
     """
     is_output = row.slot.split(".")[0] == "output"
     if mode == "cross" and not (row.call.startswith(MODULE_PREFIX) and is_output):
@@ -271,6 +283,11 @@ def chain(
         limits = default_limits("same", dtype, is_rescheduled=True)
         origin = f"{DEFAULT}, where it was scheduled differently"
         yield from _default(origin, limits, own, line, mode)
+    count = math.prod(line.s)
+    own_size = math.sqrt(float(line.v[3] or 0.0) / max(count, 1))
+    if count <= FEW and usual > own_size:
+        where = "" if mode == "cross" else ", where it was scheduled differently"
+        yield f"{_elements(count)}: errors are relative to {usual:g}{where}"
     yield from (f"{rule.origin}: {describe_rule(rule)}" for rule in own)
     if line.a is not None:
         yield f"stored as 16 bits: {STORAGE_FLOOR:g} is added to rel_l2"
@@ -307,5 +324,8 @@ def _default(
     raised = [m for m in ROW_METRICS if wide[m] > resolved.limits[m][0]]
     if raised:
         shown = ", ".join(f"{metric} {wide[metric]:g}" for metric in raised)
-        elements = "1 element" if count[0] == 1 else f"{count[0]:.0f} elements"
-        yield f"of {elements}, at least rel_l2 / sqrt(elements): {shown}"
+        yield f"{_elements(int(count[0]))}: at least rel_l2 / sqrt(elements): {shown}"
+
+
+def _elements(count: int) -> str:
+    return "of 1 element" if count == 1 else f"of {count} elements"

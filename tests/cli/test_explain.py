@@ -146,11 +146,12 @@ def test_few_elements_widen_the_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "golden" / "test_a.py" / "test_one"
     folder.mkdir(parents=True)
-    outputs = {"output.0": np.ones((4, 1)), "output.1": np.ones((4, 8))}
+    few = [("0.prompt", np.ones((4, 1))), ("0.g1", np.full((1, 1), 0.1))]
+    outputs = {"output.0": few, "output.1": np.ones((4, 8))}
     found = capture([("Module.gate.M.forward.0", 0, {}, outputs)])
     content = golden_bytes(found, "test_a.py::test_one", found.header.key)
     (folder / "cpu-avx2-amd.jsonl").write_bytes(content)
-    widened = "of 4 elements, at least rel_l2 / sqrt(elements): norm 0.025, mean 0.025"
+    widened = "of 4 elements: at least rel_l2 / sqrt(elements): norm 0.025, mean 0.025"
 
     def explained(rule, row):
         rules = f"engine: {{model: any}}\ntolerances: {{rules: [{rule}]}}\n"
@@ -163,5 +164,10 @@ def test_few_elements_widen_the_defaults(tmp_path, monkeypatch, capsys):
     assert lines[lines.index(widened) - 1].startswith("default: rel_l2 0.05")
     assert widened not in explained('{rows: "*", max: 0.5}', "output.1@0.prompt")
     assert widened not in explained('{rows: "*", rel_l2: 0.05}', "output.0@0.prompt")
+    assert not any("errors are relative" in line for line in lines)
+    gate = explained('{rows: "*", max: 0.5}', "output.0@0.g1")
+    relative = "of 1 element: errors are relative to 0.895545"
+    assert gate.count(relative) == 1
+    assert gate.count(f"{relative}, where it was scheduled differently") == 1
     narrow = explained('{rows: "*", norm: 0.02}', "output.0@0.prompt")
     assert any(line.endswith("sqrt(elements): mean 0.025") for line in narrow)
