@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "MSPROBE_ATTACH": "1",
 }
 PARTS = ("faults", "cross", "benign")
+MIXTURES = ("Qwen2-MoE", "gpt-oss")
 LEVELS = ("L0", "L1", "mix")
 PLACES = 3
 SEED = 20261126
@@ -476,9 +477,14 @@ def print_benign(family, lines, name):
     sys.stdout.flush()
 
 
-def counts(lines, power):
+def is_above(line):
+    """Whether a fault is above the power."""
+    return float(line["moved"]) >= line["power"]
+
+
+def counts(lines):
     """Cells of a table: tried, above the power, caught, named right."""
-    above = [line for line in lines if float(line["moved"]) >= power]
+    above = [line for line in lines if is_above(line)]
     caught = [line for line in above if line["is_caught"]]
     right = [line for line in caught if line["is_right"]]
     cells = [str(len(lines)), str(len(above))]
@@ -488,34 +494,42 @@ def counts(lines, power):
     return " | ".join(cells)
 
 
-def print_faults(found, part, power):
-    """Tables of planted faults, by family and level, and by kind."""
+def print_faults(found, part, powers):
+    """Tables of planted faults, by family and level, and by kind.
+
+    Args:
+        found: What is saved.
+        part: faults or cross.
+        powers: What the power is, of models without and with experts.
+    """
     by_family = {
-        family: found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+        family: [
+            {**line, "power": powers[family in MIXTURES]}
+            for line in found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+        ]
         for family in FAMILIES
     }
     lines = [line for family in by_family.values() for line in family]
     columns = "planted | above the power | caught | named right"
-    print(f"\n{part}, power {power:g}\n\n| family | level | {columns} |")
+    text = " and ".join(f"{power:g}" for power in dict.fromkeys(powers))
+    print(f"\n{part}, power {text}\n\n| family | level | {columns} |")
     print("| --- " * 6 + "|")
     for family, own in by_family.items():
         for level in LEVELS:
             chosen = [line for line in own if line["level"] == level]
             if chosen:
-                print(f"| {family} | {level} | {counts(chosen, power)} |")
-    print(f"| all | | {counts(lines, power)} |")
+                print(f"| {family} | {level} | {counts(chosen)} |")
+    print(f"| all | | {counts(lines)} |")
     print(f"\n| fault | size | {columns} |")
     print("| --- " * 6 + "|")
     for fault, size in dict.fromkeys((n["fault"], n["size"]) for n in lines):
         chosen = [n for n in lines if (n["fault"], n["size"]) == (fault, size)]
-        print(f"| `{fault}` | {size:g} | {counts(chosen, power)} |")
+        print(f"| `{fault}` | {size:g} | {counts(chosen)} |")
     for title, is_listed in (
-        ("not caught", lambda n: float(n["moved"]) >= power and not n["is_caught"]),
+        ("not caught", lambda n: is_above(n) and not n["is_caught"]),
         (
             "named elsewhere",
-            lambda n: (
-                n["is_caught"] and not n["is_right"] and float(n["moved"]) >= power
-            ),
+            lambda n: is_above(n) and n["is_caught"] and not n["is_right"],
         ),
     ):
         chosen = [
@@ -525,7 +539,7 @@ def print_faults(found, part, power):
             if is_listed(line)
         ]
         print(f"\n{title}: {len(chosen)}\n", *chosen, sep="\n")
-    below = [n for n in lines if float(n["moved"]) < power]
+    below = [n for n in lines if not is_above(n)]
     caught = sum(n["is_caught"] for n in below)
     print(f"\nbelow the power: {len(below)}, of them caught: {caught}")
     clean = [
@@ -545,7 +559,8 @@ def print_alarms(found):
     print(f"\n| change | families | {columns} |")
     print("| --- " * 8 + "|")
     total = Counter()
-    groups = {"dense": FAMILIES[:2], "experts": FAMILIES[2:]}
+    dense = [family for family in FAMILIES if family not in MIXTURES]
+    groups = {"dense": dense, "experts": MIXTURES}
     for name in BENIGN:
         for title, families in groups.items():
             chosen = [
@@ -578,9 +593,11 @@ def print_alarms(found):
 
 def table(found):
     """Prints what is saved."""
-    for part, power in (("faults", found["power"]), ("cross", found["cross_power"])):
+    same, cross = [found["power"]] * 2, [found["cross_power"]]
+    cross.append(found.get("cross_power_mixture", cross[0]))
+    for part, powers in (("faults", same), ("cross", cross)):
         if any(name.startswith(part) for name in found["parts"]):
-            print_faults(found, part, power)
+            print_faults(found, part, powers)
     print_alarms(found)
 
 
@@ -628,12 +645,16 @@ def main():
     if arguments.table:
         table(found)
         return
-    limit = default_limits("cross", "bfloat16")["rel_l2"]
+    limits = [
+        default_limits("cross", "bfloat16", is_mixture=is_mixture)["rel_l2"]
+        for is_mixture in (False, True)
+    ]
     found |= {
         "what": "planted faults and benign changes: what the gate said",
         "python": platform.python_version(),
         "power": stated_power("bfloat16"),
-        "cross_power": POWER_MULTIPLE * limit,
+        "cross_power": POWER_MULTIPLE * limits[0],
+        "cross_power_mixture": POWER_MULTIPLE * limits[1],
     }
     for part in arguments.parts:
         began = time.monotonic()

@@ -22,6 +22,7 @@ from pytest_msprobe.compare.tolerance import (
 )
 from pytest_msprobe.config.settings import Settings, read_settings
 from pytest_msprobe.config.toml import has_table
+from pytest_msprobe.dump.call_table import call_columns
 from pytest_msprobe.dump.capture import (
     CaptureFile,
     TensorLine,
@@ -95,7 +96,7 @@ def explain(what: str, row: str | None, *, config: str | None) -> int:
             found = True
             names = row_names(capture)
             _print_golden(golden, capture, names)
-            _print_rules(settings.rules, _dtype_of(capture), names)
+            _print_rules(settings.rules, capture, names)
         else:
             found |= _print_rows(golden, capture, settings, row)
     if not found:
@@ -177,10 +178,12 @@ def history(path: Path) -> list[str]:
     return done.stdout.splitlines() or ["not committed"]
 
 
-def _print_rules(rules: Sequence[Rule], dtype: str, names: Sequence[str]) -> None:
+def _print_rules(
+    rules: Sequence[Rule], capture: CaptureFile, names: Sequence[str]
+) -> None:
     print("rules, a later one wins; then those of the test's marker and calls:")
-    print(f"  default, same key: {_shown(default_limits('same', dtype))}")
-    print(f"  default, another key: {_shown(default_limits('cross', dtype))}")
+    for mode, key in zip(_MODES, ("same", "another"), strict=True):
+        print(f"  default, {key} key: {_shown(_defaults(capture, mode))}")
     for rule in rules:
         count = int(matching(rule, names).sum())
         print(f"  {rule.origin}: {describe_rule(rule)} ({count} rows)")
@@ -208,7 +211,7 @@ def _print_rows(
         print(f"  maximum, minimum, sum, sum of squares: {line.v}")
         for mode in _MODES:
             print(f"  limits where the golden has {mode} key:")
-            found = chain(_dtype_of(capture), settings.rules, row, line, mode, usual)
+            found = chain(capture, settings.rules, row, line, mode, usual)
             for text in found:
                 print(f"    {text}")
     if len(rows) > _SHOWN_ROWS:
@@ -238,8 +241,17 @@ def _rows_of(
         yield row, rows.lines[place], size
 
 
-def _dtype_of(capture: CaptureFile) -> str:
-    return str(capture.header.signature.get("model", {}).get("dtype", ""))
+def _defaults(
+    capture: CaptureFile, mode: KeyMode, *, is_rescheduled: bool = False
+) -> dict[str, float]:
+    """Default limits of a golden's rows."""
+    names = set(call_columns(capture.entries).names)
+    return default_limits(
+        mode,
+        str(capture.header.signature.get("model", {}).get("dtype", "")),
+        is_rescheduled=is_rescheduled,
+        is_mixture=any(f".{CHOICE_CLASS}." in name.c for name in names),
+    )
 
 
 def _shown(limits: dict[str, float]) -> str:
@@ -247,7 +259,7 @@ def _shown(limits: dict[str, float]) -> str:
 
 
 def chain(
-    dtype: str,
+    capture: CaptureFile,
     rules: Sequence[Rule],
     row: RowId,
     line: TensorLine,
@@ -257,7 +269,7 @@ def chain(
     """The rules that a row's limits come from, in their order, and its noise.
 
     Args:
-        dtype: The model's.
+        capture: The golden.
         rules: Of the configuration.
         row: The row.
         line: Its numbers.
@@ -277,10 +289,10 @@ def chain(
         own = [rule for rule in own if rule.ignore or rule.only]
         yield from (f"{rule.origin}: {describe_rule(rule)}" for rule in own)
         return
-    limits = default_limits(mode, dtype)
+    limits = _defaults(capture, mode)
     yield from _default(DEFAULT, limits, own, line, mode)
     if mode == "same":
-        limits = default_limits("same", dtype, is_rescheduled=True)
+        limits = _defaults(capture, "same", is_rescheduled=True)
         origin = f"{DEFAULT}, where it was scheduled differently"
         yield from _default(origin, limits, own, line, mode)
     count = math.prod(line.s)

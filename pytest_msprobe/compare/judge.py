@@ -217,6 +217,7 @@ class _Judge:
         self._names: Sequence[str] = []
         self._reroutes = Reroutes(np.zeros(0, dtype=np.bool_))
         self._search: Search | None = None
+        self._is_mixture = False
 
     def compare(
         self,
@@ -284,11 +285,15 @@ class _Judge:
         is_moved[: len(pairs.new)] = rows.in_segments(
             pairs.new, self._schedule.is_moved
         )
-        moved = default_limits(self._mode, dtype, is_rescheduled=True)
+        is_mixture = any(map(tells_choices, (pairs.golden, pairs.candidate)))
+        self._is_mixture = is_mixture
+        moved = default_limits(
+            self._mode, dtype, is_rescheduled=True, is_mixture=is_mixture
+        )
         return resolve_limits(
             names,
             self._rules,
-            default_limits(self._mode, dtype),
+            default_limits(self._mode, dtype, is_mixture=is_mixture),
             self._mode,
             moved=(is_moved, moved),
         )
@@ -512,6 +517,7 @@ class _Judge:
             notes.append(
                 f"{keys if verdict.golden_key != verdict.key else ''}only module "
                 "outputs, logits and tokens are judged, with the limits for another key"
+                f"{' of a mixture of experts' if self._is_mixture else ''}"
             )
         moved = self._schedule.moved
         if moved:

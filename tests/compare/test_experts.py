@@ -150,6 +150,28 @@ def test_noise_is_measured_without_what_depends_on_other_choices():
     assert noise.rerouted == _rows(1, "0.first")
 
 
+@pytest.mark.parametrize(
+    ("factor", "has_choices", "key", "is_green"),
+    [
+        (1.08, True, OTHER_KEY, True),
+        (1.08, False, OTHER_KEY, False),
+        (1.12, True, OTHER_KEY, False),
+        (1.01, True, KEY, False),
+    ],
+)
+def test_mixtures_have_wider_limits_across_keys(factor, has_choices, key, is_green):
+    """A router's noise goes into the experts' shares, whatever it chooses."""
+    off = {(1, "0.g1", "mlp")}
+    golden = mixture(key=key, has_choices=has_choices)
+    candidate = mixture(off, factor=factor, has_choices=has_choices)
+
+    # All metrics but the norm, for which a common factor is the worst case.
+    rules = [Rule("norm", limits={"norm": math.inf})]
+    verdict = judge(golden, candidate, rules).verdict
+
+    assert verdict.is_green == is_green
+
+
 MOVED = -0.2 - 0.6 * REROUTED_LOGPROB
 LOST = -0.2 - 1.2 * REROUTED_LOGPROB
 
