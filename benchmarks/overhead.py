@@ -42,7 +42,9 @@ OURS = {
     "L0, each tensor at once": {"level": "L0", "pending_bytes": 0},
     "L0, md5": {"level": "L0", "summary_mode": "md5"},
     "L1": {"level": "L1"},
+    "L1, replaced": {"level": "L1", "function_hooks": "replace"},
     "mix": {"level": "mix"},
+    "mix, replaced": {"level": "mix", "function_hooks": "replace"},
     "mix, md5": {"level": "mix", "summary_mode": "md5"},
 }
 SHAPES = {
