@@ -27,6 +27,8 @@ _clone = torch._C.TensorBase.clone  # noqa: SLF001
 _as_strided = torch._C.TensorBase.as_strided  # noqa: SLF001
 # Larger tensors are read before they are written; of smaller ones a copy is kept.
 _MOST_COPIED = {"cpu": 1 << 18, "cuda": 1 << 23}
+# Between the elements of tensors that are copied together: so many for each of theirs.
+_MOST_APART = 4
 # So many sequences are remembered; where calls never repeat, memory stays bounded.
 _MOST_NODES = 4096
 
@@ -96,32 +98,37 @@ def _is_copyable(tensor: torch.Tensor) -> bool:
     )
 
 
-def _copies(whole: torch.Tensor, tensors: dict[int, Any]) -> dict[int, torch.Tensor]:
-    """Copies of tensors in one storage, by the ids of those; one where that is enough.
+def _copies(tensors: dict[int, Any]) -> dict[int, torch.Tensor]:
+    """Copies of tensors in one storage, by the ids of those.
+
+    What lies between the first and the last of their elements is copied at once, unless
+    that is much more than they have.
 
     Args:
-        whole: The largest of them.
         tensors: By id.
     """
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-        copy = _clone(whole)
-        copies = {id(whole): copy}
         if len(tensors) == 1:
-            return copies
-        is_dense = whole.is_contiguous()
-        first, dtype = whole.storage_offset(), whole.dtype
-        for key, tensor in tensors.items():
-            offset = tensor.storage_offset() - first
-            if key == id(whole):
-                continue
-            if is_dense and tensor.dtype == dtype and offset >= 0:
-                shape, strides = tensor.shape, tensor.stride()
-                reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-                if offset + reach < whole.numel() and tensor.numel():
-                    copies[key] = _as_strided(copy, shape, strides, offset)
-                    continue
-            copies[key] = _clone(tensor)
-        return copies
+            return {key: _clone(tensor) for key, tensor in tensors.items()}
+        forms = [
+            (key, tensor.shape, tensor.stride(), tensor.storage_offset())
+            for key, tensor in tensors.items()
+        ]
+        first = min(offset for _, _, _, offset in forms)
+        last = max(
+            offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            for _, shape, strides, offset in forms
+        )
+        known = list(tensors.values())
+        elements = [tensor.numel() for tensor in known]
+        is_alike = len({tensor.dtype for tensor in known}) == 1 and all(elements)
+        if not is_alike or last - first >= _MOST_APART * sum(elements):
+            return {key: _clone(tensor) for key, tensor in tensors.items()}
+        copy = _clone(_as_strided(known[0], (last - first + 1,), (1,), first))
+        return {
+            key: _as_strided(copy, shape, strides, offset - first)
+            for key, shape, strides, offset in forms
+        }
 
 
 _NO_EVENTS = (tuple, Defined, Kept)
@@ -432,7 +439,7 @@ class Trace:
             return False
         if not all(map(_is_copyable, tensors.values())):
             return False
-        copies = _copies(whole, tensors)
+        copies = _copies(tensors)
         del self._places[storage]
         if self.counted:
             self.counted -= copies.keys()

@@ -15,7 +15,7 @@ POOL = 3
 STEPS = 3
 KINDS = (
     *("empty", "add", "add_", "part", "out", "copy", "module", "hidden", "mixed"),
-    *("relu", "relu inplace", "threshold inplace"),
+    *("relu", "relu inplace", "threshold inplace", "apart"),
 )
 
 places = st.integers(0, POOL - 1)
@@ -62,6 +62,10 @@ class Program(torch.nn.Module):
             pool[j] = torch.nn.functional.relu(pool[i], inplace="inplace" in kind)
         elif kind == "threshold inplace":
             torch.nn.functional.threshold(pool[i], 1.0, -number, inplace=True)
+        elif kind == "apart":
+            size = len(pool[i])
+            made = pool[i].repeat(3)
+            pool[i], pool[j] = made[:size].add_(1), made[2 * size :].add_(2)
         elif kind == "module":
             pool[j] = self.child(pool[i])
         elif kind == "hidden":
