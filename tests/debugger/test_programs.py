@@ -14,9 +14,9 @@ from pytest_msprobe.debugger.recorder import Recorder
 POOL = 3
 STEPS = 3
 KINDS = (
-    *("empty", "add", "add_", "part", "out", "copy", "module", "hidden", "mixed"),
-    *("relu", "relu inplace", "threshold inplace", "apart"),
-)
+    "empty add add_ part out copy module hidden mixed relu relu_inplace "
+    "threshold_inplace apart"
+).split()
 
 places = st.integers(0, POOL - 1)
 programs = st.lists(st.tuples(st.sampled_from(KINDS), places, places), max_size=14)
@@ -40,40 +40,53 @@ class Program(torch.nn.Module):
     def forward(self, x):
         pool = [x.add(index - 2) for index in range(POOL)]
         for number, (kind, i, j) in enumerate(self.operations):
-            self.run(kind, pool, i, j, number)
+            getattr(self, kind)(pool, i, j, number)
         return pool[0]
 
-    def run(self, kind, pool, i, j, number):
-        if kind == "empty":
-            pool[i] = unwritten()
-        elif kind == "add":
-            pool[j] = pool[i].add(number)
-        elif kind == "add_":
-            pool[i].add_(number)
-        elif kind == "part":
-            pool[j] = pool[i][1:]
-        elif kind == "out":
-            alike = pool[i].shape == pool[j].shape
-            if alike and not torch._C._is_alias_of(pool[i], pool[j]):
-                torch.add(pool[i], number, out=pool[j])
-        elif kind == "copy":
-            pool[i].copy_(torch.full((), float(number)))
-        elif kind.startswith("relu"):
-            pool[j] = torch.nn.functional.relu(pool[i], inplace="inplace" in kind)
-        elif kind == "threshold inplace":
-            torch.nn.functional.threshold(pool[i], 1.0, -number, inplace=True)
-        elif kind == "apart":
-            size = len(pool[i])
-            made = pool[i].repeat(3)
-            pool[i], pool[j] = made[:size].add_(1), made[2 * size :].add_(2)
-        elif kind == "module":
-            pool[j] = self.child(pool[i])
-        elif kind == "hidden":
-            pool[j] = self.child(unwritten())
-        else:
-            made = unwritten()
-            torch.mul(pool[i], 2, out=made[: len(pool[i])])
-            pool[j] = made.add(made[:1])
+    def empty(self, pool, i, _j, _number):
+        pool[i] = unwritten()
+
+    def add(self, pool, i, j, number):
+        pool[j] = pool[i].add(number)
+
+    def add_(self, pool, i, _j, number):
+        pool[i].add_(number)
+
+    def part(self, pool, i, j, _number):
+        pool[j] = pool[i][1:]
+
+    def out(self, pool, i, j, number):
+        alike = pool[i].shape == pool[j].shape
+        if alike and not torch._C._is_alias_of(pool[i], pool[j]):
+            torch.add(pool[i], number, out=pool[j])
+
+    def copy(self, pool, i, _j, number):
+        pool[i].copy_(torch.full((), float(number)))
+
+    def relu(self, pool, i, j, _number):
+        pool[j] = torch.nn.functional.relu(pool[i])
+
+    def relu_inplace(self, pool, i, j, _number):
+        pool[j] = torch.nn.functional.relu(pool[i], inplace=True)
+
+    def threshold_inplace(self, pool, i, _j, number):
+        torch.nn.functional.threshold(pool[i], 1.0, -number, inplace=True)
+
+    def apart(self, pool, i, j, _number):
+        size = len(pool[i])
+        made = pool[i].repeat(3)
+        pool[i], pool[j] = made[:size].add_(1), made[2 * size :].add_(2)
+
+    def module(self, pool, i, j, _number):
+        pool[j] = self.child(pool[i])
+
+    def hidden(self, pool, _i, j, _number):
+        pool[j] = self.child(unwritten())
+
+    def mixed(self, pool, i, j, _number):
+        made = unwritten()
+        torch.mul(pool[i], 2, out=made[: len(pool[i])])
+        pool[j] = made.add(made[:1])
 
 
 def recorded(folder, program, *, has_gradients, level, hooks="mode"):
