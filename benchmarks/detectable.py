@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pytest_msprobe.compare.match import columns_of
 from pytest_msprobe.compare.metrics import row_errors
 from pytest_msprobe.compare.tolerance import default_limits, floors
 from pytest_msprobe.dump.capture import TensorLine
+from pytest_msprobe.dump.columns import columns_of
 from pytest_msprobe.model.limits import ROW_METRICS
 from pytest_msprobe.statistics.sketch import pack_float32, pack_int16, sketch
 

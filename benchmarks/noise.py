@@ -212,7 +212,7 @@ def compare(golden, candidate):
 
     noise = measure_noise(golden, candidate)
     pairs, rows = noise.pairs, noise.rows
-    is_float = pairs.candidate.with_property(pairs.new[rows], lambda t: len(t.v) > 2)
+    is_float = pairs.candidate.has_sums(pairs.new[rows])
     names = pairs.candidate.names(pairs.new[rows])
     found = {}
     for metric, errors in noise.errors.items():

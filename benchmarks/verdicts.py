@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gate catches, what it names, and whether it ever cries wolf.
 
-    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...] [--table]
+    python benchmarks/verdicts.py [--parts PART ...] [--families NAME ...]
+                                  [--changes NAME ...] [--device cuda] [--table]
 
 Four families of models with seeded random weights (families.py). `faults` plants every
 kind of fault at places from a seeded generator and judges against a clean capture, at
 L0, L1 and mix; `cross` does so against a golden of another numerics key; `benign`
 changes something harmless and judges. Engines run in processes of their own, one at a
-time; each part is saved when it is done, so that parts can be run one by one.
+time; each part is saved when it is done, so that parts can be run one by one. On a GPU
+only `benign` is run.
 """
 
 import argparse
@@ -26,7 +28,8 @@ from pathlib import Path
 from families import FAMILIES, write_family
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "benchmarks" / "results" / "verdicts.json"
+RESULTS = ROOT / "benchmarks" / "results"
+OUTPUTS = {"cpu": RESULTS / "verdicts.json", "cuda": RESULTS / "verdicts-cuda.json"}
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -34,9 +37,11 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "MSPROBE_ATTACH": "1",
 }
 PARTS = ("faults", "cross", "benign")
+MIXTURES = ("Qwen2-MoE", "gpt-oss")
 LEVELS = ("L0", "L1", "mix")
 PLACES = 3
 SEED = 20261126
@@ -82,17 +87,32 @@ BENIGN = {
     "AVX512 without bf16": (AVX512, {}, False),
     "AVX2": (AVX2, {}, False),
     "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
+    "another engine": (PLAIN, {}, False),
+    "TRITON_ATTN": (PLAIN, {"attention_backend": "TRITON_ATTN"}, False),
+    "FLEX_ATTENTION": (PLAIN, {"attention_backend": "FLEX_ATTENTION"}, False),
 }
+CPU_ONLY = {"AVX512 without bf16", "AVX2", "TP=2"}
+GPU_ONLY = {"another engine", "TRITON_ATTN", "FLEX_ATTENTION"}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--save", type=Path, default=OUTPUT)
+    parser.add_argument("--changes", nargs="+", choices=BENIGN)
+    parser.add_argument("--device", choices=OUTPUTS, default="cpu")
+    parser.add_argument("--save", type=Path)
     parser.add_argument("--table", action="store_true", help="print what is saved")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    is_cuda = arguments.device == "cuda"
+    others = CPU_ONLY if is_cuda else GPU_ONLY
+    arguments.changes = arguments.changes or [n for n in BENIGN if n not in others]
+    arguments.save = arguments.save or OUTPUTS[arguments.device]
+    if is_cuda:
+        arguments.parts = ("benign",)
+        ENVIRONMENT["VERDICTS_DEVICE"] = "cuda"
+    return arguments
 
 
 # In a process with an engine ------------------------------------------------------
@@ -115,6 +135,8 @@ def run_child(task):
 
     for run in task["runs"]:
         given = {"model": run["model"], "dtype": "bfloat16", "max_model_len": 128}
+        if "VERDICTS_DEVICE" in os.environ:
+            given["gpu_memory_utilization"] = 0.1
         llm = start_engine(engine_arguments({**given, **run["engine"]}, "benchmark"))
         try:
             folder = Path(task["folder"]) / run["name"]
@@ -351,13 +373,13 @@ def plain_runs(models):
     return {family: (model, {}, False) for family, model in models.items()}
 
 
-def faults(models, folder):
+def faults(models, folder, _changes):
     """Every kind of fault against a clean capture of the same engine."""
     more = {"levels": LEVELS, "goldens": {}, "sizes": SAME_SIZES}
     return ask_child(folder / "faults", "faults", plain_runs(models), **more)
 
 
-def cross(models, folder):
+def cross(models, folder, _changes):
     """Larger faults on AVX2 against goldens of AVX512-bf16."""
     levels, runs = ["L0", "mix"], plain_runs(models)
     place = folder / "goldens"
@@ -366,13 +388,14 @@ def cross(models, folder):
     return ask_child(folder / "cross", "faults", runs, AVX2, **more)
 
 
-def benign(models, folder):
+def benign(models, folder, changes):
     """Harmless changes; one line a judgement."""
     groups = defaultdict(dict)  # a process for each kind of machine
     for family, model in models.items():
         # Of this machine as it is.
         groups[json.dumps(PLAIN)][f"{family}-base"] = (model, {}, False)
-        for name, (machine, engine, is_batch) in BENIGN.items():
+        for name in changes:
+            machine, engine, is_batch = BENIGN[name]
             run = (model, engine, is_batch)
             groups[json.dumps(machine)][f"{family}-{name}"] = run
     found = {}
@@ -382,7 +405,7 @@ def benign(models, folder):
     result = {}
     for family in models:
         lines = []
-        for name in BENIGN:
+        for name in changes:
             sides = found[f"{family}-base"], found[f"{family}-{name}"]
             lines += [
                 {"change": name, "set": number, **judge_sets(*pair)}
@@ -406,15 +429,15 @@ def judge_sets(old, new):
     if len(candidates) > 1:
         combined = combine_ranks(goldens), combine_ranks(candidates)
         golden, candidate = without_sharded(*combined)
-    is_alike = golden.header.provenance.keys() == candidate.header.provenance.keys()
+    made = golden.header.provenance, candidate.header.provenance
+    is_alike = made[0].keys() == made[1].keys()
+    is_alike &= made[0]["attention"] == made[1]["attention"]
     if is_alike and len(candidates) == 1:
         verdict = judge(golden, candidate).verdict
-    else:  # other kernels or ranks: A against B
+    else:  # other kernels, backends or ranks: A against B
         verdict = judge_against(golden, candidate)
     noise = measure_noise(golden, candidate)
-    is_float = noise.pairs.candidate.with_property(
-        noise.pairs.new[noise.rows], lambda line: len(line.v) > 2
-    )
+    is_float = noise.pairs.candidate.has_sums(noise.pairs.new[noise.rows])
     return {
         "greatest": {
             metric: portable(errors[is_float].max(initial=0.0))
@@ -425,6 +448,7 @@ def judge_sets(old, new):
         "is_green": verdict.is_green,
         "judged": verdict.judged,
         "equal": verdict.equal,
+        "rerouted": verdict.rerouted,
         "key": verdict.key,
         "why": "" if verdict.is_green else alarm(verdict),
     }
@@ -453,9 +477,14 @@ def print_benign(family, lines, name):
     sys.stdout.flush()
 
 
-def counts(lines, power):
+def is_above(line):
+    """Whether a fault is above the power."""
+    return float(line["moved"]) >= line["power"]
+
+
+def counts(lines):
     """Cells of a table: tried, above the power, caught, named right."""
-    above = [line for line in lines if float(line["moved"]) >= power]
+    above = [line for line in lines if is_above(line)]
     caught = [line for line in above if line["is_caught"]]
     right = [line for line in caught if line["is_right"]]
     cells = [str(len(lines)), str(len(above))]
@@ -465,34 +494,42 @@ def counts(lines, power):
     return " | ".join(cells)
 
 
-def print_faults(found, part, power):
-    """Tables of planted faults, by family and level, and by kind."""
+def print_faults(found, part, powers):
+    """Tables of planted faults, by family and level, and by kind.
+
+    Args:
+        found: What is saved.
+        part: faults or cross.
+        powers: What the power is, of models without and with experts.
+    """
     by_family = {
-        family: found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+        family: [
+            {**line, "power": powers[family in MIXTURES]}
+            for line in found["parts"].get(f"{part}/{family}", {}).get("lines", [])
+        ]
         for family in FAMILIES
     }
     lines = [line for family in by_family.values() for line in family]
     columns = "planted | above the power | caught | named right"
-    print(f"\n{part}, power {power:g}\n\n| family | level | {columns} |")
+    text = " and ".join(f"{power:g}" for power in dict.fromkeys(powers))
+    print(f"\n{part}, power {text}\n\n| family | level | {columns} |")
     print("| --- " * 6 + "|")
     for family, own in by_family.items():
         for level in LEVELS:
             chosen = [line for line in own if line["level"] == level]
             if chosen:
-                print(f"| {family} | {level} | {counts(chosen, power)} |")
-    print(f"| all | | {counts(lines, power)} |")
+                print(f"| {family} | {level} | {counts(chosen)} |")
+    print(f"| all | | {counts(lines)} |")
     print(f"\n| fault | size | {columns} |")
     print("| --- " * 6 + "|")
     for fault, size in dict.fromkeys((n["fault"], n["size"]) for n in lines):
         chosen = [n for n in lines if (n["fault"], n["size"]) == (fault, size)]
-        print(f"| `{fault}` | {size:g} | {counts(chosen, power)} |")
+        print(f"| `{fault}` | {size:g} | {counts(chosen)} |")
     for title, is_listed in (
-        ("not caught", lambda n: float(n["moved"]) >= power and not n["is_caught"]),
+        ("not caught", lambda n: is_above(n) and not n["is_caught"]),
         (
             "named elsewhere",
-            lambda n: (
-                n["is_caught"] and not n["is_right"] and float(n["moved"]) >= power
-            ),
+            lambda n: is_above(n) and n["is_caught"] and not n["is_right"],
         ),
     ):
         chosen = [
@@ -502,7 +539,7 @@ def print_faults(found, part, power):
             if is_listed(line)
         ]
         print(f"\n{title}: {len(chosen)}\n", *chosen, sep="\n")
-    below = [n for n in lines if float(n["moved"]) < power]
+    below = [n for n in lines if not is_above(n)]
     caught = sum(n["is_caught"] for n in below)
     print(f"\nbelow the power: {len(below)}, of them caught: {caught}")
     clean = [
@@ -518,10 +555,12 @@ def print_faults(found, part, power):
 
 def print_alarms(found):
     """The table of benign changes."""
-    print("\n| change | families | judged | bits differ | red | rel_l2 | logprob |")
-    print("| --- " * 7 + "|")
+    columns = "judged | bits differ | rerouted | red | rel_l2 | logprob"
+    print(f"\n| change | families | {columns} |")
+    print("| --- " * 8 + "|")
     total = Counter()
-    groups = {"dense": FAMILIES[:2], "experts": FAMILIES[2:]}
+    dense = [family for family in FAMILIES if family not in MIXTURES]
+    groups = {"dense": dense, "experts": MIXTURES}
     for name in BENIGN:
         for title, families in groups.items():
             chosen = [
@@ -536,8 +575,9 @@ def print_alarms(found):
             red = sum(not line["is_green"] for line in chosen)
             error = max(float(line["greatest"]["rel_l2"]) for line in chosen)
             logprob = max(line["logprob"] for line in chosen)
-            numbers = f"{len(chosen)} | {unequal} | {red} | {error:.2g} | {logprob:.2g}"
-            print(f"| {name} | {title} | {numbers} |")
+            moved = sum(bool(line.get("rerouted")) for line in chosen)
+            numbers = f"{len(chosen)} | {unequal} | {moved} | {red}"
+            print(f"| {name} | {title} | {numbers} | {error:.2g} | {logprob:.2g} |")
             key = "the same key" if chosen[0]["mode"] == "same" else "another key"
             total[title, key, "judged"] += len(chosen)
             total[title, key, "differ"] += unequal
@@ -553,8 +593,11 @@ def print_alarms(found):
 
 def table(found):
     """Prints what is saved."""
-    print_faults(found, "faults", found["power"])
-    print_faults(found, "cross", found["cross_power"])
+    same, cross = [found["power"]] * 2, [found["cross_power"]]
+    cross.append(found.get("cross_power_mixture", cross[0]))
+    for part, powers in (("faults", same), ("cross", cross)):
+        if any(name.startswith(part) for name in found["parts"]):
+            print_faults(found, part, powers)
     print_alarms(found)
 
 
@@ -597,17 +640,21 @@ def main():
     from pytest_msprobe.engine.trial import POWER_MULTIPLE, stated_power
 
     found = {"parts": {}}
-    if arguments.save.is_file():
+    if arguments.save.is_file():  # other parts and families are kept
         found = json.loads(arguments.save.read_text(encoding="utf-8"))
     if arguments.table:
         table(found)
         return
-    limit = default_limits("cross", "bfloat16")["rel_l2"]
+    limits = [
+        default_limits("cross", "bfloat16", is_mixture=is_mixture)["rel_l2"]
+        for is_mixture in (False, True)
+    ]
     found |= {
         "what": "planted faults and benign changes: what the gate said",
         "python": platform.python_version(),
         "power": stated_power("bfloat16"),
-        "cross_power": POWER_MULTIPLE * limit,
+        "cross_power": POWER_MULTIPLE * limits[0],
+        "cross_power_mixture": POWER_MULTIPLE * limits[1],
     }
     for part in arguments.parts:
         began = time.monotonic()
@@ -617,9 +664,15 @@ def main():
                 family: write_family(family, folder / f"model-{family}")
                 for family in arguments.families
             }
-            for family, result in globals()[part](models, folder).items():
+            results = globals()[part](models, folder, arguments.changes)
+            for family, result in results.items():
                 result["date"] = time.strftime("%Y-%m-%d")
-                found["parts"][f"{part}/{family}"] = result
+                name = f"{part}/{family}"
+                if part == "benign":  # changes may be measured one by one
+                    known = found["parts"].get(name, {}).get("lines", [])
+                    others = [n for n in known if n["change"] not in arguments.changes]
+                    result["lines"] = others + result["lines"]
+                found["parts"][name] = result
         save(found, arguments.save)
         print(f"{part}: {time.monotonic() - began:.0f} s")
     table(found)

@@ -134,12 +134,16 @@ class Capture:
     @contextlib.contextmanager
     def _not_hiding(self, error: BaseException | None) -> Iterator[None]:
         """Around the end of a block: its error gets our notes and wins over ours."""
+        from pytest_msprobe.engine.faults import is_core_dead
+
         if error is not None:
             self._note_ranks(error)
         try:
             yield
-        except Exception:
+        except Exception as own:
             if error is None:
+                if is_core_dead(self.llm):
+                    self._note_ranks(own)
                 raise
 
     def close(self) -> None:
@@ -148,13 +152,18 @@ class Capture:
 
         if not self.is_open:
             return
-        self._stop_watching()
-        self._take(converse(self.llm, stop_capture(self.item.nodeid)))
+        with self._last_watched():
+            self._take(converse(self.llm, stop_capture(self.item.nodeid)))
 
-    def _stop_watching(self) -> None:
+    @contextlib.contextmanager
+    def _last_watched(self) -> Iterator[None]:
+        """Around the last call to the engine, which may be dying."""
         self.is_open = False
-        if self.watch is not None:
-            self.watch.stop()
+        try:
+            yield
+        finally:
+            if self.watch is not None:
+                self.watch.stop()
 
     def _start(self) -> "Conversation":
         from pytest_msprobe.engine.client import (
@@ -216,9 +225,9 @@ class Capture:
         from pytest_msprobe.engine.client import ask_workers, converse
 
         if self.is_open:
-            self._stop_watching()
             folder = str(self.folder.resolve())
-            converse(self.llm, ask_workers("abandon", folder=folder))
+            with self._last_watched():
+                converse(self.llm, ask_workers("abandon", folder=folder))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(

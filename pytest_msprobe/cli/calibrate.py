@@ -221,7 +221,7 @@ def _note(target: _Target, noise: Noise) -> None:
             continue
         if row not in tensors:
             continue
-        line = pairs.golden.lines[pairs.golden.tensor[tensors[row]]]
+        line = pairs.golden.lines[int(pairs.golden.tensor[tensors[row]])]
         limits = {metric: float(noise.limits[metric][i]) for metric in ROW_METRICS}
         known = target.rows.setdefault(line.t, _Row(name, errors, limits))
         known.noise = {m: max(known.noise[m], errors[m]) for m in ROW_METRICS}

@@ -19,7 +19,7 @@ from pytest_msprobe.model.verdict import Verdict
 # What of a model may differ between the two sides. The same of both decides nothing.
 _FREE = ("dtype", "architecture")
 # What changes the numbers so much that the limits for another key are taken.
-_COARSE = ("model.dtype", "quantization", "ranks", "custom_ops")
+_COARSE = ("model.dtype", "quantization", "ranks", "custom_ops", "attention")
 
 
 def judge_against(

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.match import Pairs
+from pytest_msprobe.dump.call_table import CallName
 from pytest_msprobe.dump.capture import CallLine
 from pytest_msprobe.model.names import parse_call_name
 from pytest_msprobe.model.verdict import Divergence, DivergenceKind, Finding, portable
@@ -76,7 +77,7 @@ class Side:
         return result
 
 
-def enclosing_calls(calls: Sequence[CallLine]) -> _I64:
+def enclosing_calls(calls: Sequence[CallLine] | Sequence[CallName]) -> _I64:
     """For each call the one around it, ROOT at the top.
 
     Calls stand in the order of their ends: it is the next one behind that is on a
@@ -366,7 +367,7 @@ def changed_weights(golden: Weights, candidate: Weights) -> dict[str, list[str]]
 
 
 def _first_owner(
-    calls: Sequence[CallLine], changed: dict[str, list[str]]
+    calls: Sequence[CallName], changed: dict[str, list[str]]
 ) -> tuple[str, str]:
     """The first module in execution order that owns a changed parameter."""
     for call in calls:

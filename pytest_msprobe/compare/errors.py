@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Columns, Pairs, columns_of, differs, distinct
+from pytest_msprobe.compare.match import Pairs, Rows, distinct
 from pytest_msprobe.compare.metrics import Error, row_errors
-from pytest_msprobe.compare.tolerance import ResolvedLimits, floors
+from pytest_msprobe.compare.tolerance import ResolvedLimits, floors, least_limits
 from pytest_msprobe.dump.capture import TensorLine
+from pytest_msprobe.dump.columns import Columns, differs
 from pytest_msprobe.model.dtypes import BY_CODE
 from pytest_msprobe.model.limits import NOISE_MULTIPLE, ROW_METRICS
+from pytest_msprobe.model.segments import FIRST
 from pytest_msprobe.model.verdict import Finding, portable
 
 # What no tolerance allows, in the order in which it is reported.
@@ -24,6 +26,8 @@ _F64 = npt.NDArray[np.float64]
 _I64 = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
 _NOISE = f"noise x{NOISE_MULTIPLE:g}"
+# Up to so many elements a row's own size may be near 0 by chance.
+FEW = 16
 
 
 @dataclass(slots=True)
@@ -73,6 +77,7 @@ class Errors:
         limits: ResolvedLimits,
         is_wanted: _Bools,
         elements: Elements | None = None,
+        is_loose: _Bools | None = None,
     ) -> None:
         """Computes the errors.
 
@@ -81,8 +86,10 @@ class Errors:
             limits: Their limits.
             is_wanted: Rows whose errors are of interest.
             elements: Of pairs whose tensors are saved.
+            is_loose: (n,) rows in which roundings may differ, None for none of them.
         """
         size = len(pairs.new)
+        self._is_loose = np.zeros(size, np.bool_) if is_loose is None else is_loose
         self._pairs = pairs
         self._limits = limits
         self._elements = elements
@@ -104,8 +111,7 @@ class Errors:
 
     def _measure(self, index: _I64) -> _Measured:
         first, place = distinct(self._pairs, index)
-        lines = self._pairs.line_pairs(first)
-        old, new = (columns_of(side) for side in lines)
+        old, new = self._pairs.numbers(first)
         with np.errstate(all="ignore"):
             errors = row_errors(old, new)
         self._use_elements(errors, first)
@@ -114,13 +120,11 @@ class Errors:
             is_blank = np.isnan(old.high) & np.isnan(new.high)
             is_blank &= ~old.nonfinite.any(axis=1) & (reasons == _TOLERATED)
             reasons[is_blank] = _INTEGERS  # checksums are all that is known
-        noise = np.zeros((len(first), len(ROW_METRICS)))
-        for row, line in enumerate(lines[0]):
-            if line.n:
-                noise[row] = line.n
+        spread = {name: error.at(place) for name, error in errors.items()}
+        self._widen_scales(spread, index, old.count[place])
         return _Measured(
-            {name: error.at(place) for name, error in errors.items()},
-            noise[place],
+            spread,
+            old.noise[place],
             old.count[place],
             {
                 n: v[place]
@@ -128,6 +132,22 @@ class Errors:
             },
             reasons[place],
         )
+
+    def _widen_scales(self, errors: dict[str, Error], index: _I64, count: _F64) -> None:
+        """Where roundings may differ, few elements have their slot's usual size.
+
+        What one to a few elements come to may be near 0 by chance, a gate's output for
+        one token say; a rounding is large beside that.
+        """
+        is_few = self._is_loose[index] & (count <= FEW) & ~self._pairs.is_dump
+        if not is_few.any():
+            return
+        usual = usual_sizes(self._pairs.golden)[self._pairs.old[index]]
+        usual = np.where(is_few, usual, 0.0)
+        for name, error in errors.items():
+            is_norm = name in ("rel_l2", "norm")
+            least = usual * np.sqrt(count) if is_norm else usual
+            error.scale = np.fmax(error.scale, least)
 
     def _use_elements(self, errors: dict[str, Error], first: _I64) -> None:
         """Takes exact distances where they are known.
@@ -149,7 +169,7 @@ class Errors:
         for number, name in enumerate(ROW_METRICS):
             error = measured.errors[name]
             observed, floor = error.relative, measured.floor[name]
-            rule = self._rule(name, index, measured.count)
+            rule = least_limits(self._limits, name, index, measured.count)
             absolute = self._limits.absolute[name][index]
             noise = measured.noise[:, number]
             is_open = np.isposinf(rule)
@@ -179,19 +199,6 @@ class Errors:
         self.ratio[index] = worst
         self.rel_l2[index] = measured.errors["rel_l2"].relative
         self._check_exactly(index, measured.reasons)
-
-    def _rule(self, name: str, index: _I64, count: _F64) -> _F64:
-        """What the rules allow some rows.
-
-        Norms, means and extremes of a few elements are hardly averages: by default
-        they may be off by what an element may, rel_l2 / sqrt(elements), at least.
-        """
-        limits = self._limits
-        rule: _F64 = limits.limits[name][index]
-        is_default = limits.origins[name][index] == 0
-        is_default &= limits.origins["rel_l2"][index] == 0
-        least = limits.limits["rel_l2"][index] / np.sqrt(np.maximum(count, 1.0))
-        return np.where(is_default, np.maximum(rule, least), rule)
 
     def _check_exactly(self, index: _I64, reasons: npt.NDArray[np.int8]) -> None:
         """What no tolerance allows: other dtype, shape, NaN counts, integers."""
@@ -266,6 +273,31 @@ class Errors:
             noise=float(self._share[i]),
             element=element,
         )
+
+
+def usual_sizes(rows: Rows) -> _F64:
+    """Root mean square of each row's slot, over all its rows.
+
+    That of each request's first position, of huge activations often, does not count.
+
+    Returns:
+        (n,) in the tensors' unit, 0 where it is unknown.
+    """
+    _, slot = np.unique(rows.slot_key, return_inverse=True)
+    slot = slot.reshape(-1)
+    columns, tensors = rows.columns, rows.tensor
+    counts = ~rows.in_segments(np.arange(len(slot)), _is_first)
+    counts &= np.isfinite(columns.squares[tensors])
+    sums = [
+        np.bincount(slot, weights=np.where(counts, column[tensors], 0.0))
+        for column in (columns.squares, columns.count)
+    ]
+    usual: _F64 = np.sqrt(sums[0] / np.maximum(sums[1], 1.0))
+    return usual[slot]
+
+
+def _is_first(segment: str) -> bool:
+    return segment.endswith(f".{FIRST}")
 
 
 def _reasons(old: Columns, new: Columns) -> npt.NDArray[np.int8]:

@@ -4,12 +4,12 @@
 Rounding may move a token to another expert, and from there on it is another
 computation. Rows depend on a choice if they are of the same request, of the same
 position or a later one, and computed behind that router within their step. Tokens and
-log-probabilities are judged all the same.
+log-probabilities are judged all the same, with a limit of their own.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,22 @@ class Reroutes:
     Attributes:
         is_behind: (n,) pairs that depend on a choice that differs, itself included.
         first: Name of the first router that chose otherwise, empty where none did.
+        positions: The first position (see _part) of each request at which one did.
     """
 
     is_behind: _Bools
     first: str = ""
+    positions: dict[int, float] = field(default_factory=dict)
+
+    def is_token_behind(self, label: int, number: int) -> bool:
+        """Whether a generated token depends on a choice that differs.
+
+        Args:
+            label: Its request.
+            number: Its number, from 0: the first one is of the prompt's end.
+        """
+        first = min(self.positions.get(one, math.inf) for one in (label, _WHOLE))
+        return first <= 1.0 + number
 
 
 def find_reroutes(pairs: Pairs, is_loose: _Bools, steps: list[StepLine]) -> Reroutes:
@@ -57,7 +69,7 @@ def find_reroutes(pairs: Pairs, is_loose: _Bools, steps: list[StepLine]) -> Rero
     is_behind[other] = True
     first = int(rows.call[pairs.new[other]].min())
     name = display_name(rows.calls[first].c).rpartition(".")[0]
-    return Reroutes(is_behind & is_loose, name)
+    return Reroutes(is_behind & is_loose, name, found.positions())
 
 
 def tells_choices(rows: Rows) -> bool:
@@ -95,6 +107,13 @@ class _Behind:
         label, part = _part(self._segments[int(rows.segment[row])])
         name = rows.calls[int(rows.call[row])].c
         self._choices[label].append((part, name))
+
+    def positions(self) -> dict[int, float]:
+        """The first position of each request at which a choice differs."""
+        return {
+            label: min(part for part, _ in choices)
+            for label, choices in self._choices.items()
+        }
 
     def depends(self, chosen: _I64) -> _Bools:
         """Which of some rows depend on the choices."""

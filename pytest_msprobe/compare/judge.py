@@ -14,7 +14,12 @@ from pytest_msprobe.compare.divergence import (
     find_divergence,
 )
 from pytest_msprobe.compare.errors import Elements, Errors
-from pytest_msprobe.compare.experts import find_reroutes, is_of_choice, tells_choices
+from pytest_msprobe.compare.experts import (
+    Reroutes,
+    find_reroutes,
+    is_of_choice,
+    tells_choices,
+)
 from pytest_msprobe.compare.match import PairNames, Pairs, Rows, pair_rows, row_names
 from pytest_msprobe.compare.schedule import compare_schedules
 from pytest_msprobe.compare.signature import (
@@ -33,6 +38,7 @@ from pytest_msprobe.compare.tolerance import (
     ResolvedLimits,
     common_glob,
     default_limits,
+    least_limits,
     matching,
     resolve_limits,
     rule_text,
@@ -41,7 +47,6 @@ from pytest_msprobe.compare.tolerance import (
 from pytest_msprobe.dump.capture import (
     FORCED,
     CaptureFile,
-    TensorLine,
     without_collector,
 )
 from pytest_msprobe.model.limits import (
@@ -135,7 +140,7 @@ class Noise:
         pairs: Their rows.
         rows: (n,) pairs that would be judged and are not equal.
         errors: (n,) by metric, unitless; infinite where no tolerance helps.
-        limits: (n,) by metric, what the rules allow.
+        limits: (n,) by metric, what the rules allow, few elements considered.
         judged: Rows that would be judged.
         tokens: How the tokens moved.
         rerouted: Rows not judged because a router of a mixture chose other experts.
@@ -165,7 +170,10 @@ def measure_noise(
     state = _Judge(golden, candidate, rules, mode, verdict)
     pairs, limits, masks, errors = state.compare()
     rows, relative = errors.relative(masks.judged)
-    allowed = {metric: limits.limits[metric][rows] for metric in ROW_METRICS}
+    count = pairs.numbers(rows)[0].count
+    allowed = {
+        metric: least_limits(limits, metric, rows, count) for metric in ROW_METRICS
+    }
     judged = int(masks.judged.sum())
     return Noise(
         pairs, rows, relative, allowed, judged, verdict.tokens, verdict.rerouted
@@ -207,8 +215,9 @@ class _Judge:
         flips = positions_behind_flips(*self._requests, self._unrecorded)
         self._schedule = compare_schedules(golden, candidate, flips)
         self._names: Sequence[str] = []
-        self._rerouted = ""
+        self._reroutes = Reroutes(np.zeros(0, dtype=np.bool_))
         self._search: Search | None = None
+        self._is_mixture = False
 
     def compare(
         self,
@@ -220,9 +229,11 @@ class _Judge:
         elements = measure(pairs) if measure is not None else None
         self._names = PairNames(pairs)
         limits = self._limits(pairs, self._names)
-        self._compare_tokens(limits)
         masks = self._masks(pairs, limits)
-        return pairs, limits, masks, Errors(pairs, limits, masks.evidence, elements)
+        self._compare_tokens(limits)
+        loose = self._is_loose(pairs)
+        errors = Errors(pairs, limits, masks.evidence, elements, loose)
+        return pairs, limits, masks, errors
 
     def run(
         self,
@@ -274,11 +285,15 @@ class _Judge:
         is_moved[: len(pairs.new)] = rows.in_segments(
             pairs.new, self._schedule.is_moved
         )
-        moved = default_limits(self._mode, dtype, is_rescheduled=True)
+        is_mixture = any(map(tells_choices, (pairs.golden, pairs.candidate)))
+        self._is_mixture = is_mixture
+        moved = default_limits(
+            self._mode, dtype, is_rescheduled=True, is_mixture=is_mixture
+        )
         return resolve_limits(
             names,
             self._rules,
-            default_limits(self._mode, dtype),
+            default_limits(self._mode, dtype, is_mixture=is_mixture),
             self._mode,
             moved=(is_moved, moved),
         )
@@ -287,6 +302,8 @@ class _Judge:
         noise = NOISE_MULTIPLE * float(self._golden.header.noise.get("logprob", 0.0))
 
         def limit_of(label: int, number: int) -> float:
+            if self._reroutes.is_token_behind(label, number):
+                return max(limits.rerouted_logprob, noise)
             if self._schedule.is_token_moved(label, number):
                 return max(limits.moved_logprob, noise)
             return max(limits.logprob, noise)
@@ -312,21 +329,23 @@ class _Judge:
         if self._mode == "same":
             return _Masks(counts, counts, unjudged)
         is_module, is_output = rows.is_of_module(new), rows.is_output[new]
-        is_float = rows.with_property(new, _is_float)
+        is_float = rows.has_sums(new)
         judged = counts & is_module & is_output
         evidence = judged | (counts & is_module & ~is_output & is_float)
         return _Masks(judged, evidence, unjudged)
 
     def _is_rerouted(self, pairs: Pairs) -> _Bools:
         """Rows behind a router that chose other experts where rounding may do so."""
-        rows, new = pairs.candidate, pairs.new
-        is_loose = np.ones(len(new), dtype=np.bool_)
-        if self._mode == "same":
-            is_loose = rows.in_segments(new, self._schedule.is_moved)
-        found = find_reroutes(pairs, is_loose, self._candidate.steps)
-        self._rerouted = found.first
+        found = find_reroutes(pairs, self._is_loose(pairs), self._candidate.steps)
+        self._reroutes = found
         self._verdict.rerouted = int(found.is_behind.sum())
         return found.is_behind
+
+    def _is_loose(self, pairs: Pairs) -> _Bools:
+        """Rows in which roundings may differ."""
+        if self._mode == "cross":
+            return np.ones(len(pairs.new), dtype=np.bool_)
+        return pairs.candidate.in_segments(pairs.new, self._schedule.is_moved)
 
     def _is_flipped_token(self, rows: Rows, chosen: _I64) -> _Bools:
         """Integers of the sample that another token came from: the token itself.
@@ -339,7 +358,7 @@ class _Judge:
         is_flip = rows.in_segments(
             chosen, lambda text: text in own or self._schedule.is_flip(text)
         )
-        return is_flip & rows.with_property(chosen, _is_sampled_integer)
+        return is_flip & ~rows.has_sums(chosen) & rows.is_of_class(chosen, "sample")
 
     def _own_segments(self) -> set[str]:
         """Segments from which another token would have been sampled than was fed."""
@@ -498,6 +517,7 @@ class _Judge:
             notes.append(
                 f"{keys if verdict.golden_key != verdict.key else ''}only module "
                 "outputs, logits and tokens are judged, with the limits for another key"
+                f"{' of a mixture of experts' if self._is_mixture else ''}"
             )
         moved = self._schedule.moved
         if moved:
@@ -513,11 +533,11 @@ class _Judge:
                 f"{verdict.noisy} rows have their limits from the noise that the "
                 f"golden was calibrated with (x{NOISE_MULTIPLE:g})"
             )
-        if self._rerouted:
+        if self._reroutes.first:
             notes.append(
-                f"routers chose other experts from {self._rerouted} on: "
+                f"routers chose other experts from {self._reroutes.first} on: "
                 f"{verdict.rerouted} rows that depend on it are not judged, tokens "
-                "and logprobs are"
+                "and logprobs are, with a limit of their own"
             )
         if self._candidate.header.provenance.get(FORCED):
             notes.append("the golden's tokens were fed back: all of decode is judged")
@@ -539,15 +559,6 @@ def _describe_moved(moved: dict[int, int]) -> str:
 def _is_whole(segment: str) -> bool:
     """Whether a row has no token dimension."""
     return not segment
-
-
-def _is_float(line: TensorLine) -> bool:
-    """Whether a tensor has sums; integers have a maximum and a minimum only."""
-    return len(line.v) > 2  # noqa: PLR2004 - maximum and minimum
-
-
-def _is_sampled_integer(line: TensorLine) -> bool:
-    return line.row_class == "sample" and not _is_float(line)
 
 
 def _is_in(values: _I64, wanted: set[int]) -> _Bools:

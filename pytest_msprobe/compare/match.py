@@ -1,41 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs the rows of a candidate with those of a golden and lays them out as columns."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
-from operator import attrgetter, eq, ne
+from itertools import groupby
+from operator import attrgetter
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.dump.capture import (
-    DUMP,
-    CallLine,
-    CaptureFile,
-    StepLine,
-    TensorLine,
-)
+from pytest_msprobe.dump.call_table import CallName, call_columns
+from pytest_msprobe.dump.capture import DUMP, CaptureFile, TensorLine, class_code
+from pytest_msprobe.dump.columns import Columns, differs, table_columns
 from pytest_msprobe.model.names import MODULE_PREFIX, parse_call_name
 from pytest_msprobe.model.verdict import RowId
 
 _F64 = npt.NDArray[np.float64]
 _I64 = npt.NDArray[np.int64]
 _Bools = npt.NDArray[np.bool_]
-# Float types have maximum, minimum, sum and sum of squares, integers the first two.
-_WITH_SUMS = 4
 # Bits of a row's key that number its segment, or its step.
 _PART_BITS = 28
-# Fields of many lines at once.
+# Fields of many calls at once.
 _name_and_level = attrgetter("c", "l")
-_segment = attrgetter("g")
-_form = attrgetter("d", "s")
 
 
-def parents_of(calls: Sequence[CallLine]) -> list[str]:
+def parents_of(calls: Sequence[CallName]) -> list[str]:
     """Name of the recorded module around each call, empty at the top.
 
     Calls stand in the order in which they ended, so a call's parent is the first one
@@ -55,7 +46,7 @@ def parents_of(calls: Sequence[CallLine]) -> list[str]:
     return parents
 
 
-def places_of(calls: Sequence[CallLine], steps: Sequence[int]) -> list[str]:
+def places_of(calls: Sequence[CallName], steps: Sequence[int]) -> list[str]:
     """What identifies each call within its step.
 
     A module's is its name. APIs are numbered over the whole step in their names, so
@@ -91,7 +82,7 @@ def _by_step(steps: Sequence[int]) -> Iterable[Sequence[int]]:
     return found.values()
 
 
-def _places_of_step(calls: Sequence[CallLine], apis: dict[str, str]) -> list[str]:
+def _places_of_step(calls: Sequence[CallName], apis: dict[str, str]) -> list[str]:
     """Places of the calls of one step.
 
     Args:
@@ -139,24 +130,28 @@ class Rows:
     """The rows of one capture in execution order; the first of equal keys counts.
 
     Attributes:
-        calls: All calls.
+        capture: The capture.
+        calls: Name and level of all calls.
         steps: (c,) step of each call.
         lines: The tensors that the calls refer to.
+        columns: The same as columns.
         words: What the numbers of slots and segments mean.
         key: (n,) identity of each row: place of its call, slot and segment; without a
             segment also its step.
         call: (n,) call of each row.
         slot: (n,) its slot.
-        tensor: (n,) its tensor, as an index into `lines`.
+        tensor: (n,) its tensor, as an index into `lines` and `columns`.
         segment: (n,) its segment.
         is_output: (n,) whether it is of an output slot.
         uses: (m, 2) call and row of every slot segment, those of equal keys included;
             by call.
     """
 
-    calls: list[CallLine]
+    capture: CaptureFile
+    calls: list[CallName]
     steps: _I64
-    lines: list[TensorLine]
+    lines: "Lines"
+    columns: Columns
     words: Vocabulary
     key: _I64
     call: _I64
@@ -165,6 +160,12 @@ class Rows:
     segment: _I64
     is_output: _Bools
     uses: _I64
+
+    @property
+    def slot_key(self) -> _I64:
+        """(n,) place and slot of each row, whatever its segment or step."""
+        found: _I64 = self.key >> np.int64(_PART_BITS)
+        return found
 
     def row_ids(self, rows: _I64) -> list[RowId]:
         """Identity of some rows."""
@@ -206,11 +207,39 @@ class Rows:
         found: _Bools = flags[self.segment[rows]]
         return found
 
-    def with_property(self, rows: _I64, test: Callable[[TensorLine], bool]) -> _Bools:
-        """Which of some rows have tensors with a property."""
-        flags = np.fromiter((test(t) for t in self.lines), np.bool_, len(self.lines))
-        found: _Bools = flags[self.tensor[rows]]
+    def has_sums(self, rows: _I64) -> _Bools:
+        """Which of some rows are of float types; integers have extremes only."""
+        found: _Bools = self.columns.has_sums[self.tensor[rows]]
         return found
+
+    def is_of_class(self, rows: _I64, row_class: str) -> _Bools:
+        """Which of some rows are of a row class."""
+        code = class_code(row_class)
+        classes = self.columns.classes
+        flags = [classes[place] == code for place in self.tensor[rows].tolist()]
+        return np.array(flags, dtype=np.bool_)
+
+
+class Lines(Sequence[TensorLine]):
+    """The `t` lines of a capture by place; those of a file are made when asked for."""
+
+    def __init__(self, tensors: MutableMapping[int, TensorLine]) -> None:
+        self._tensors = tensors
+        self._ids = list(tensors)
+
+    def __len__(self) -> int:
+        """Number of lines."""
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, place: int) -> TensorLine: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TensorLine]: ...
+    def __getitem__(self, place: int | slice) -> TensorLine | list[TensorLine]:
+        """Lines by place."""
+        if isinstance(place, slice):
+            return [self._tensors[number] for number in self._ids[place]]
+        return self._tensors[self._ids[place]]
 
 
 @dataclass(slots=True)
@@ -218,9 +247,11 @@ class _Uses:
     """Every slot segment of a capture, in execution order.
 
     Attributes:
-        calls: All calls.
+        capture: The capture.
+        calls: Name and level of all calls.
         steps: (c,) step of each call.
         lines: Tensors.
+        columns: The same as columns.
         place: (m,) place of its call.
         call: (m,) its call.
         slot: (m,) its slot.
@@ -229,9 +260,11 @@ class _Uses:
         is_output: (m,) whether it is of an output slot.
     """
 
-    calls: list[CallLine]
+    capture: CaptureFile
+    calls: list[CallName]
     steps: _I64
-    lines: list[TensorLine]
+    lines: Lines
+    columns: Columns
     place: _I64
     call: _I64
     slot: _I64
@@ -241,45 +274,30 @@ class _Uses:
 
 
 def _collect(capture: CaptureFile, words: Vocabulary) -> _Uses:
-    # Objects are touched once: most of the time goes by waiting for memory.
-    calls: list[CallLine] = []
-    steps: list[int] = []
-    step = 0
-    # A slot's number and its side in one integer, then its tensors' ids.
-    slots: list[int] = []
-    sizes: list[int] = []
-    used: list[int] = []
-    ends: list[int] = []
+    calls = call_columns(capture.entries)
     known = words.slots
-    for entry in capture.entries:
-        if type(entry) is StepLine:
-            step = entry.step
-            continue
-        calls.append(entry)  # type: ignore[arg-type]
-        steps.append(step)
-        for side, slots_of_side in enumerate((entry.i, entry.o)):  # type: ignore[union-attr]
-            for slot, ids in slots_of_side.items():
-                slots.append(known.setdefault(slot, len(known)) * 2 + side)
-                sizes.append(len(ids))
-                used += ids
-        ends.append(len(used))
-    counts = np.diff(np.array(ends, dtype=np.int64), prepend=0)
-    call_column = np.repeat(np.arange(len(calls)), counts)
-    slot_column = np.repeat(np.array(slots, dtype=np.int64), sizes)
-    tensor_column = _positions(capture.tensors, used)
-    lines = list(capture.tensors.values())
-    segments = _numbers(words.segments, list(map(_segment, lines)))
-    places = _numbers(words.places, places_of(calls, steps))
+    numbers = np.array(
+        [known.setdefault(slot, len(known)) for slot in calls.words], dtype=np.int64
+    )
+    counts = np.diff(np.array(calls.ends, dtype=np.int64), prepend=0)
+    call_column = np.repeat(np.arange(len(calls.names)), counts)
+    slots = np.repeat(np.array(calls.slots), np.array(calls.sizes, dtype=np.int64))
+    tensor_column = _positions(capture.tensors, np.array(calls.used, dtype=np.int64))
+    columns = table_columns(capture.tensors)
+    segments = _numbers(words.segments, columns.segments)
+    places = _numbers(words.places, places_of(calls.names, calls.steps))
     return _Uses(
-        calls,
-        np.array(steps, dtype=np.int64),
-        lines,
+        capture,
+        calls.names,
+        np.array(calls.steps, dtype=np.int64),
+        Lines(capture.tensors),
+        columns,
         places[call_column],
         call_column,
-        slot_column // 2,
+        numbers[slots >> 1],
         tensor_column,
         segments[tensor_column],
-        slot_column % 2 == 1,
+        (slots & 1).astype(np.bool_),
     )
 
 
@@ -290,9 +308,8 @@ def _numbers(known: dict[str, int], texts: Sequence[str]) -> _I64:
     return np.fromiter(map(known.__getitem__, texts), np.int64, len(texts))
 
 
-def _positions(tensors: Mapping[int, TensorLine], ids: list[int]) -> _I64:
+def _positions(tensors: MutableMapping[int, TensorLine], found: _I64) -> _I64:
     """Where the tensors with these ids stand among all."""
-    found = np.array(ids, dtype=np.int64)
     known = np.fromiter(tensors, np.int64, len(tensors))
     if (known == np.arange(len(known))).all():
         return found
@@ -316,9 +333,11 @@ def _rows(uses: _Uses, words: Vocabulary) -> Rows:
     number = np.empty(len(chosen), dtype=np.int64)
     number[np.argsort(first)] = np.arange(len(chosen))
     return Rows(
+        uses.capture,
         uses.calls,
         uses.steps,
         uses.lines,
+        uses.columns,
         words,
         key[chosen],
         uses.call[chosen],
@@ -370,6 +389,23 @@ class Pairs:
         old = self.golden.tensor[self.old[index]].tolist()
         new = self.candidate.tensor[self.new[index]].tolist()
         return [golden[i] for i in old], [candidate[i] for i in new]
+
+    def columns(self, name: str, index: _I64) -> tuple[list[object], list[object]]:
+        """Both sides' column of texts or shapes of some pairs."""
+        old, new = (
+            getattr(side.columns, name) for side in (self.golden, self.candidate)
+        )
+        return (
+            [old[place] for place in self.golden.tensor[self.old[index]].tolist()],
+            [new[place] for place in self.candidate.tensor[self.new[index]].tolist()],
+        )
+
+    def numbers(self, index: _I64) -> tuple[Columns, Columns]:
+        """Both sides' numbers of some pairs."""
+        return (
+            self.golden.columns.at(self.golden.tensor[self.old[index]]),
+            self.candidate.columns.at(self.candidate.tensor[self.new[index]]),
+        )
 
 
 class PairNames(Sequence[str]):
@@ -432,25 +468,25 @@ def pair_rows(
         np.setdiff1d(np.arange(len(right.key)), new),
         DUMP in (golden.header.kind, candidate.header.kind),
     )
-    sides = pairs.line_pairs(np.arange(len(old)))
-    checksums = ([line.c for line in lines] for lines in sides)
-    pairs.is_equal[:] = np.fromiter(map(eq, *checksums), np.bool_, len(old))
-    equal = np.flatnonzero(pairs.is_equal)
-    forms = (map(_form, lines) for lines in pairs.line_pairs(equal))
-    pairs.is_equal[equal] = np.fromiter(map(eq, *forms), np.bool_, len(equal))
+    pairs.is_equal[:] = True
+    for name in ("checksums", "codes", "shapes"):
+        equal = np.flatnonzero(pairs.is_equal)
+        pairs.is_equal[equal] = ~differs(*pairs.columns(name, equal))
     return pairs
+
+
+def rows_of(capture: CaptureFile) -> Rows:
+    """All rows of one capture."""
+    words = Vocabulary()
+    return _rows(_collect(capture, words), words)
 
 
 def row_names(*captures: CaptureFile) -> list[str]:
     """Names that globs in rules are matched with, of all rows of some captures."""
-    found = {
-        RowId(call.c, slot, capture.tensors[number].g, step).text: None
-        for capture in captures
-        for step, call in capture.calls()
-        for slots in (call.i, call.o)
-        for slot, ids in slots.items()
-        for number in ids
-    }
+    found: dict[str, None] = {}
+    for capture in captures:
+        rows = rows_of(capture)
+        found.update(dict.fromkeys(rows.names(np.arange(len(rows.key)))))
     return list(found)
 
 
@@ -479,70 +515,3 @@ def distinct(pairs: Pairs, index: _I64) -> tuple[_I64, _I64]:
     both = old * len(pairs.candidate.lines) + new
     _, first, place = np.unique(both, return_index=True, return_inverse=True)
     return index[first], place.reshape(-1)
-
-
-@dataclass(slots=True)
-class Columns:
-    """Numbers of some `t` lines.
-
-    Attributes:
-        count: Elements.
-        high: Largest finite element, NaN where there is none.
-        low: Smallest.
-        total: Sum, NaN for integer types.
-        squares: Sum of squares, NaN for integer types.
-        nonfinite: (n, 3) counts of NaN, +Inf, -Inf.
-        has_sums: Whether the type has sums and a sketch: floats and complex.
-        codes: Element types.
-        shapes: Shapes.
-        sketches: Sketches in base 85, empty where there is none.
-        scales: Scale of each 16-bit sketch, else NaN.
-    """
-
-    count: _F64
-    high: _F64
-    low: _F64
-    total: _F64
-    squares: _F64
-    nonfinite: _I64
-    has_sums: _Bools
-    codes: Sequence[str]
-    shapes: Sequence[list[int]]
-    sketches: Sequence[str]
-    scales: _F64
-
-
-def columns_of(tensors: Sequence[TensorLine]) -> Columns:
-    """Numbers of `t` lines as columns."""
-    size = len(tensors)
-    values, nonfinite = [t.v for t in tensors], [t.x for t in tensors]
-    shapes = [t.s for t in tensors]
-    lengths = np.fromiter(map(len, values), np.int64, size)
-    has_sums = lengths == _WITH_SUMS
-    if not has_sums.all():
-        padding = (None, None)
-        values = [v if len(v) == _WITH_SUMS else [*v, *padding] for v in values]
-    numbers = np.array(list(chain.from_iterable(values)), dtype=np.float64)
-    numbers = numbers.reshape(size, _WITH_SUMS)
-    counts = np.zeros((size, 3), dtype=np.int64)
-    if any(nonfinite):
-        for index in np.flatnonzero(np.fromiter(map(len, nonfinite), np.bool_, size)):
-            counts[index] = nonfinite[index]
-    return Columns(
-        np.fromiter(map(math.prod, shapes), np.float64, size),
-        numbers[:, 0],
-        numbers[:, 1],
-        numbers[:, 2],
-        numbers[:, 3],
-        counts,
-        has_sums,
-        [t.d for t in tensors],
-        shapes,
-        [t.q for t in tensors],
-        np.array([t.a for t in tensors], dtype=np.float64),
-    )
-
-
-def differs(old: Sequence[object], new: Sequence[object]) -> _Bools:
-    """Where two columns of any values differ."""
-    return np.fromiter(map(ne, old, new), np.bool_, len(old))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Columns, differs
 from pytest_msprobe.compare.sketches import distances
+from pytest_msprobe.dump.columns import Columns, differs
 
 _F64 = npt.NDArray[np.float64]
 # Nothing is divided by less: float32's smallest normal number. What lies below it

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import enclosing_calls
-from pytest_msprobe.compare.match import columns_of, pair_rows
+from pytest_msprobe.compare.match import pair_rows
 from pytest_msprobe.compare.metrics import rel_l2_error
 from pytest_msprobe.dump.capture import CaptureFile
 from pytest_msprobe.model.names import MODULE_PREFIX
@@ -73,7 +73,7 @@ def _output_errors(golden: CaptureFile, candidate: CaptureFile) -> dict[str, flo
     rows = pairs.candidate
     wanted = rows.is_output[pairs.new] & rows.is_of_module(pairs.new)
     index = np.flatnonzero(wanted)
-    old, new = (columns_of(lines) for lines in pairs.line_pairs(index))
+    old, new = pairs.numbers(index)
     with np.errstate(all="ignore"):
         errors: _F64 = np.nan_to_num(rel_l2_error(old, new).relative, nan=np.inf)
     errors[pairs.is_equal[index]] = 0.0

@@ -71,7 +71,8 @@ def _places(rows: Rows, *, has_apis: bool) -> dict[str, _Place]:
     keys = places_of(rows.calls, rows.steps.tolist())
     lines = {line.t: line for line in rows.lines}
     found: dict[str, _Place] = {}
-    for key, call, parent in zip(keys, rows.calls, parents_of(rows.calls), strict=True):
+    calls = (call for _, call in rows.capture.calls())
+    for key, call, parent in zip(keys, calls, parents_of(rows.calls), strict=True):
         if key in found or not (call.i or call.o):
             continue
         name = parse_call_name(call.c)

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_msprobe.compare.divergence import find_divergence
-from pytest_msprobe.compare.match import Pairs, columns_of, pair_rows
+from pytest_msprobe.compare.match import Pairs, pair_rows
 from pytest_msprobe.compare.metrics import rel_l2_error
 from pytest_msprobe.compare.tokens import compare_tokens
 from pytest_msprobe.dump.capture import CallLine, CaptureFile, StepLine, TensorLine
+from pytest_msprobe.dump.columns import columns_of
 from pytest_msprobe.model.verdict import Finding, Verdict, portable
 from pytest_msprobe.statistics.sketch import pack_float32, pack_int16, unpack
 

@@ -15,11 +15,13 @@ from fnmatch import translate
 import numpy as np
 import numpy.typing as npt
 
-from pytest_msprobe.compare.match import Columns
+from pytest_msprobe.dump.columns import Columns
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.limits import ROW_METRICS, KeyMode, Rule
 from pytest_msprobe.statistics.sketch import STORAGE_FLOOR
 
+_F64 = npt.NDArray[np.float64]
+_I64 = npt.NDArray[np.int64]
 DEFAULT = "default"
 _NEAREST = 3
 # One unit in the last place, relative, of the types that a mean is rounded to.
@@ -41,6 +43,12 @@ _CROSS = {
     "bfloat16": {"rel_l2": 5e-2, "max": 6e-2, "min": 6e-2, "norm": 2e-2, "mean": 1e-2},
     "float32": {"rel_l2": 1e-3, "max": 1e-3, "min": 1e-3, "norm": 1e-3, "mean": 1e-3},
 }
+# Of a mixture of experts: the experts' shares of an output come from a softmax of the
+# router's logits, whose noise they carry on.
+_CROSS_MIXTURE = {
+    "bfloat16": {"rel_l2": 1e-1, "max": 0.12, "min": 0.12, "norm": 6e-2, "mean": 1e-2},
+}
+_CROSS_MIXTURE_LOGPROB = {"bfloat16": 1e-1}
 # Times that for the same scheduling. In bfloat16 as across keys: once a rounding has
 # become another one, what follows no longer depends on why.
 _RESCHEDULED_LOGPROB = {"bfloat16": 50, "float16": 10, "float32": 10}
@@ -52,6 +60,8 @@ _LOGPROB = {
     ("same", "float32"): 1e-4,
     ("cross", "float32"): 5e-3,
 }
+# Of a token behind another choice of a router: another computation, in whatever dtype.
+REROUTED_LOGPROB = 0.4
 
 
 def dtype_class(model_dtype: str) -> str:
@@ -65,7 +75,11 @@ def dtype_class(model_dtype: str) -> str:
 
 
 def default_limits(
-    mode: KeyMode, model_dtype: str, *, is_rescheduled: bool = False
+    mode: KeyMode,
+    model_dtype: str,
+    *,
+    is_rescheduled: bool = False,
+    is_mixture: bool = False,
 ) -> dict[str, float]:
     """Default limit of every metric.
 
@@ -73,8 +87,11 @@ def default_limits(
         mode: Same or another numerics key.
         model_dtype: The model's dtype, torch's short name.
         is_rescheduled: Batches or chunks differ from the golden's.
+        is_mixture: The model has routers that tell which experts they chose.
     """
     kind = dtype_class(model_dtype)
+    if mode == "cross" and is_mixture and kind in _CROSS_MIXTURE:
+        return {**_CROSS_MIXTURE[kind], "logprob": _CROSS_MIXTURE_LOGPROB[kind]}
     if mode == "cross":
         rows = _CROSS[kind]
     else:
@@ -101,6 +118,7 @@ class ResolvedLimits:
         exact_origins: (n,) index into `sources` of the rule that says so.
         logprob: Limit of the difference of log-probabilities.
         moved_logprob: The same for tokens computed under another scheduling.
+        rerouted_logprob: The same for tokens behind another choice of a router.
         unmatched: Rules whose glob matches none of the rows.
     """
 
@@ -113,6 +131,7 @@ class ResolvedLimits:
     exact_origins: npt.NDArray[np.int64]
     logprob: float
     moved_logprob: float
+    rerouted_logprob: float
     unmatched: list[Rule]
 
     def origin(self, metric: str, row: int) -> str:
@@ -122,6 +141,28 @@ class ResolvedLimits:
     def exact_origin(self, row: int) -> str:
         """Origin of the rule that one row must be exactly equal."""
         return self.sources[int(self.exact_origins[row])]
+
+
+def least_limits(limits: ResolvedLimits, metric: str, rows: _I64, count: _F64) -> _F64:
+    """Limits of some rows, tensors of few elements considered.
+
+    Norms, means and extremes of a few elements are hardly averages: by default they
+    may be off by what an element may, rel_l2 / sqrt(elements), at least.
+
+    Args:
+        limits: Of all rows.
+        metric: One of ROW_METRICS.
+        rows: The rows.
+        count: Their numbers of elements.
+
+    Returns:
+        (n,) limits, storage floor not included.
+    """
+    rule: _F64 = limits.limits[metric][rows]
+    is_default = limits.origins[metric][rows] == 0
+    is_default &= limits.origins["rel_l2"][rows] == 0
+    least = limits.limits["rel_l2"][rows] / np.sqrt(np.maximum(count, 1.0))
+    return np.where(is_default, np.maximum(rule, least), rule)
 
 
 def resolve_limits(
@@ -155,6 +196,7 @@ def resolve_limits(
         np.zeros(size, dtype=np.int64),
         defaults["logprob"],
         moved_defaults["logprob"],
+        REROUTED_LOGPROB,
         [],
     )
     only: npt.NDArray[np.bool_] | None = None
@@ -185,6 +227,7 @@ def _apply(
     result.sources.append(rule.origin)
     if "logprob" in rule.limits and mask.any():
         result.logprob = result.moved_logprob = rule.limits["logprob"]
+        result.rerouted_logprob = rule.limits["logprob"]
     limits = {**dict.fromkeys(ROW_METRICS, rule.limits.get("rtol")), **rule.limits}
     for metric in ROW_METRICS:
         limit = limits[metric]

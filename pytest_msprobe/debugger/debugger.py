@@ -21,6 +21,7 @@ from pytest_msprobe.debugger.recorder import Models, Recorder
 from pytest_msprobe.debugger.saved import SavedVariables, is_savable
 from pytest_msprobe.debugger.slices import cut_of_request
 from pytest_msprobe.dump.layout import rank_folder, rank_name
+from pytest_msprobe.dump.lock import DumpLock
 from pytest_msprobe.errors import CaptureError, ConfigError
 
 _LOG = logging.getLogger("pytest_msprobe")
@@ -69,8 +70,8 @@ class PrecisionDebugger:
         self._is_started = self._is_recording = self._has_open_step = False
         if self._recorder is not None:
             self._recorder.collector.is_recording = False
-        self._recorder = self._saved = None
-        atexit.unregister(self._flush)
+        self._recorder = self._saved = self._claimed = None
+        atexit.unregister(self._end)
 
     def __init__(
         self,
@@ -111,10 +112,11 @@ class PrecisionDebugger:
         self._is_rank_known = False
         self._has_open_step = False
         self._saved: SavedVariables | None = None
+        self._claimed: DumpLock | None = None
         self._customs = CustomApis(lambda: self._recorder)
         self._warned: set[str] = set()
         self._is_ready = True
-        atexit.register(self._flush)
+        atexit.register(self._end)
 
     @classmethod
     def _get(cls) -> "PrecisionDebugger":
@@ -144,7 +146,8 @@ class PrecisionDebugger:
                 the key `request_id` only that request's rows are recorded.
 
         Raises:
-            CaptureError: No object was constructed, or the level needs a model.
+            CaptureError: No object was constructed, the level needs a model, or another
+                process writes this rank's dump.
             ConfigError: An argument is wrong.
         """
         with cls._lock:
@@ -152,6 +155,8 @@ class PrecisionDebugger:
             bounds = _check_token_range(token_range, model)
             self._settle_rank(rank_id)
             self._look()
+            if self._may_record():
+                self._claim()
             if self.config.level == "debug":
                 return
             self._is_started = True
@@ -195,6 +200,9 @@ class PrecisionDebugger:
         """Writes the step and begins the next one.
 
         Recording that was not stopped goes on in the next step.
+
+        Raises:
+            CaptureError: `dump_path` was changed to one that another process writes.
         """
         with cls._lock:
             self = cls._get()
@@ -249,6 +257,10 @@ class PrecisionDebugger:
             variable: A tensor, number, text or None, or a list, tuple or dict of them.
             name: Of the entry; calls of one name are numbered within a step.
             save_backward: Whether the gradients of its tensors are saved as well.
+
+        Raises:
+            CaptureError: No object was constructed, or another process writes this
+                rank's dump.
         """
         with cls._lock:
             self = cls._get()
@@ -264,9 +276,8 @@ class PrecisionDebugger:
             if not self._is_wanted():
                 return
             if self._saved is None:
-                folder = rank_folder(
-                    self._dump_path, self._step, rank_name(self._rank, os.getpid())
-                )
+                self._claim()
+                folder = rank_folder(self._dump_path, self._step, self._rank_name)
                 self._saved = SavedVariables(self.config, folder)
             self._saved.save(variable, name, with_gradient=bool(save_backward))
 
@@ -329,11 +340,11 @@ class PrecisionDebugger:
             self = cls._instance
             if self is None:
                 return
-            self._flush()
+            self._end()
             self._customs.restore_all()
             if self._recorder is not None:
                 self._recorder.detach()
-            atexit.unregister(self._flush)
+            atexit.unregister(self._end)
             cls._instance = None
 
     def _pause(self) -> None:
@@ -362,15 +373,19 @@ class PrecisionDebugger:
             self._recorder = None
             self.config = new
 
-    def _is_wanted(self) -> bool:
+    def _may_record(self) -> bool:
+        """Whether this process records, in whatever step."""
         if self._is_foreign:
             self._warn("a forked process records nothing; construct the debugger in it")
             return False
         if not self._watch.is_on:
             return False
-        if self.config.rank and self._rank not in self.config.rank:
-            return False
-        return not self.config.step or self._step in self.config.step
+        return not self.config.rank or self._rank in self.config.rank
+
+    def _is_wanted(self) -> bool:
+        """Whether this process records in this step."""
+        is_chosen = not self.config.step or self._step in self.config.step
+        return self._may_record() and is_chosen
 
     def _settle_rank(self, rank_id: int | None) -> None:
         if self._is_rank_known:
@@ -393,8 +408,47 @@ class PrecisionDebugger:
     def _dump_path(self) -> Path:
         return Path(self.config.dump_path or _DEFAULT_DUMP_PATH)
 
+    @property
+    def _rank_name(self) -> str:
+        return rank_name(self._rank, os.getpid())
+
+    def _claim(self) -> None:
+        """Sees to it that no other process writes this rank's dump.
+
+        Processes that know no rank have folders of their own, as those of one job may;
+        if they belong to several programs the dump is a mixture, which is said. Where
+        the folder cannot be written, writing the step will say so.
+
+        Raises:
+            CaptureError: Another process writes it.
+        """
+        claimed = self._claimed
+        if claimed is not None and claimed.is_for(self._dump_path, self._rank_name):
+            return
+        self._release()
+        if self.config.load is not None and not self.config.load.dumps:
+            return
+        try:
+            self._claimed = DumpLock(self._dump_path, self._rank_name)
+        except CaptureError as error:
+            if error.slug == "dump-locked":
+                raise
+            return
+        others = self._claimed.others()
+        if self._rank is None and others:
+            self._warn(
+                f"{self._dump_path}: {', '.join(others)} writes there as well; "
+                "unless it is one job, give every program a dump_path of its own"
+            )
+
+    def _release(self) -> None:
+        claimed, self._claimed = self._claimed, None
+        if claimed is not None:
+            claimed.release()
+
     def _get_recorder(self) -> Recorder:
         if self._recorder is None:
+            self._claim()
             self._recorder = Recorder(
                 self.config, self._dump_path, rank=self._rank, is_kept=False
             )
@@ -438,6 +492,12 @@ class PrecisionDebugger:
                 self._recorder.close()
             except CaptureError:
                 self._note_error()
+
+    def _end(self) -> None:
+        """Writes what is open and lets others write the dump."""
+        with self._lock:
+            self._flush()
+            self._release()
 
 
 os.register_at_fork(after_in_child=PrecisionDebugger._after_fork)  # noqa: SLF001

@@ -177,14 +177,17 @@ def with_role(measured: Measured, role: Role) -> Measured:
     return measured._replace(role=role)
 
 
-class Unwritten(NamedTuple):
+class Unwritten:
     """A tensor that was given when nobody had written its memory.
 
     Attributes:
         tensor: What it is now.
     """
 
-    tensor: torch.Tensor
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 class Early:

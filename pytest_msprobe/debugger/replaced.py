@@ -32,7 +32,9 @@ from pytest_msprobe.debugger.writes import NAMESPACES, WriteBarriers
 _MISSING = object()
 _PACKETS: tuple[Any, ...] = (torch._ops.OpOverloadPacket, torch._ops.OpOverload)  # noqa: SLF001
 # Methods of operators, whose functions a mode sees under another name.
-_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_BINARY = (
+    "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
+)
 _OTHERS = "eq ne lt le gt ge neg pos invert abs"
 
 

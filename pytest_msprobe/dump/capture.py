@@ -8,13 +8,20 @@ tensors) and `step` lines, in execution order. A reader accepts FORMAT and FORMA
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from pytest_msprobe.dump.call_table import CallTable
 from pytest_msprobe.errors import DumpFormatError
 from pytest_msprobe.model import dtypes
 
@@ -25,6 +32,8 @@ DUMP = "dump"
 # Where the provenance says that another capture's tokens were fed back.
 FORCED = "teacher_forcing"
 FILE_NAME = "capture.rank{rank}.jsonl"
+# Numbers in the noise of a tensor.
+_METRICS = 5
 
 SKETCHED = {t.code for t in dtypes.BY_NAME.values() if dtypes.is_sketched(t.name)}
 _CLASS_CODES = {"token": "t", "sample": "s", "neither": "n"}
@@ -188,8 +197,8 @@ class CaptureFile:
     """
 
     header: Header
-    tensors: dict[int, TensorLine] = field(default_factory=dict)
-    entries: list[CallLine | StepLine] = field(default_factory=list)
+    tensors: MutableMapping[int, TensorLine] = field(default_factory=dict)
+    entries: MutableSequence[CallLine | StepLine] = field(default_factory=list)
     path: Path | None = None
     files: dict[int, Path] = field(default_factory=dict)
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -206,6 +215,8 @@ class CaptureFile:
     @property
     def steps(self) -> list[StepLine]:
         """Steps in order."""
+        if isinstance(self.entries, CallTable):
+            return self.entries.steps()
         return [entry for entry in self.entries if entry.__class__ is StepLine]
 
 
@@ -222,23 +233,23 @@ def _shorten(slot: str) -> str:
     return slot
 
 
-def _lengthen(slot: str, side: str) -> str:
-    """A slot of the file with its side."""
-    if side == "output":
-        return slot if slot == "output" else f"output.{slot}"
+def _input_slot(slot: str) -> str:
+    """An input slot of the file with its side."""
     return f"input_args.{slot}" if slot[:1].isdigit() else f"input_kwargs.{slot}"
 
 
-def _with_slots(call: CallLine, convert: Callable[[str, str], str]) -> CallLine:
-    """A call with the names of its slots converted."""
+def _output_slot(slot: str) -> str:
+    """An output slot of the file with its side."""
+    return slot if slot == "output" else f"output.{slot}"
 
-    def inputs(slots: dict[str, Any]) -> dict[str, Any]:
-        return {convert(slot, "input"): value for slot, value in slots.items()}
 
-    outputs = {convert(slot, "output"): value for slot, value in call.o.items()}
-    return CallLine(
-        call.c, call.l, inputs(call.i), outputs, inputs(call.x), call.r, call.m, call.p
+def _shortened(call: CallLine) -> CallLine:
+    """A call as it stands in the file."""
+    inputs, outputs, values = (
+        {_shorten(slot): value for slot, value in slots.items()}
+        for slots in (call.i, call.o, call.x)
     )
+    return CallLine(call.c, call.l, inputs, outputs, values, call.r, call.m, call.p)
 
 
 def encode(header: Header, lines: Iterable[Line]) -> bytes:
@@ -248,17 +259,15 @@ def encode(header: Header, lines: Iterable[Line]) -> bytes:
     for line in lines:
         entry = line
         if isinstance(line, CallLine):
-            entry = _with_slots(line, lambda slot, _side: _shorten(slot))
+            entry = _shortened(line)
         parts.append(encoder.encode(entry))
     return b"\n".join(parts) + b"\n"
 
 
 _HEADER = msgspec.json.Decoder(Header)
-_DECODERS: dict[bytes, msgspec.json.Decoder[Any]] = {
-    b'{"t"': msgspec.json.Decoder(TensorLine),
-    b'{"c"': msgspec.json.Decoder(CallLine),
-    b'{"st': msgspec.json.Decoder(StepLine),
-}
+_TENSOR = msgspec.json.Decoder(TensorLine)
+_CALL = msgspec.json.Decoder(CallLine)
+_STEP = msgspec.json.Decoder(StepLine)
 
 
 def read_header(path: Path) -> Header:
@@ -325,36 +334,64 @@ def without_collector() -> Iterator[None]:
 
 
 def _read_lines(result: CaptureFile, path: Path, content: bytes) -> None:
+    lines = _Lines()
+    result.tensors, result.entries = lines.tensors, lines.entries
+    kinds: dict[bytes, Callable[[bytes], None]] = {
+        b'{"t"': lines.tensor,
+        b'{"c"': lines.call,
+        b'{"st': lines.step,
+        b"": lambda _line: None,
+    }
     for number, line in enumerate(content.split(b"\n"), start=2):
-        if not line:
-            continue
-        decoder = _DECODERS.get(line[:4])
         try:
-            if decoder is None:
-                raise DumpFormatError("unknown kind of line")
-            entry = decoder.decode(line)
-            if isinstance(entry, CallLine):
-                entry = _with_slots(entry, _lengthen)
-            _add(result, entry)
+            kinds.get(line[:4], _unknown)(line)
         except (msgspec.MsgspecError, DumpFormatError) as error:
             message = f"{path}:{number}: {error}"
             raise DumpFormatError(message, slug="capture-format") from error
 
 
-def _add(result: CaptureFile, entry: Line) -> None:
-    if isinstance(entry, TensorLine):
+def _unknown(_line: bytes) -> None:
+    raise DumpFormatError("unknown kind of line")
+
+
+def _decode_entry(line: bytes) -> CallLine | StepLine:
+    """A call or a step of the file, slots with their side."""
+    if line.startswith(b'{"st'):
+        step: StepLine = _STEP.decode(line)
+        return step
+    call: CallLine = _CALL.decode(line)
+    call.i = {_input_slot(slot): ids for slot, ids in call.i.items()}
+    call.o = {_output_slot(slot): ids for slot, ids in call.o.items()}
+    call.x = {_input_slot(slot): value for slot, value in call.x.items()}
+    return call
+
+
+class _Lines:
+    """The lines of a file, taken apart."""
+
+    def __init__(self) -> None:
+        # numpy: only where a file is read.
+        from pytest_msprobe.dump.columns import TensorTable
+
+        self.tensors = TensorTable(_TENSOR.decode)
+        self.entries = CallTable(_decode_entry, _input_slot, _output_slot)
+        self._known = self.tensors.keys()
+
+    def tensor(self, line: bytes) -> None:
+        """A `t` line."""
+        entry: TensorLine = _TENSOR.decode(line)
         size = 4 if entry.d in SKETCHED else 2
-        if (
-            entry.k not in _CLASSES
-            or len(entry.v) != size
-            or len(entry.n) not in (0, 5)
-        ):
+        is_noise = not entry.n or len(entry.n) == _METRICS
+        if len(entry.v) != size or not is_noise or entry.k not in _CLASSES:
             raise DumpFormatError(f"tensor {entry.t} has a wrong class or numbers")
-        result.tensors[entry.t] = entry
-        return
-    if isinstance(entry, CallLine):
-        for ids in (*entry.i.values(), *entry.o.values()):
-            for number in ids:
-                if number not in result.tensors:
-                    raise DumpFormatError(f"tensor {number} does not stand before it")
-    result.entries.append(entry)
+        if entry.t in self._known:
+            raise DumpFormatError(f"tensor {entry.t} stands twice")
+        self.tensors.add(line, entry)
+
+    def call(self, line: bytes) -> None:
+        """A `c` line."""
+        self.entries.add_call(line, _CALL.decode(line), self._known)
+
+    def step(self, line: bytes) -> None:
+        """A `step` line."""
+        self.entries.add_step(line, _STEP.decode(line))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
+from pytest_msprobe.engine.faults import reply_of
 from pytest_msprobe.engine.preflight import attach_problem, check_folder
 from pytest_msprobe.errors import CaptureError, EngineError
 
@@ -55,7 +56,7 @@ async def converse_async(llm: Any, conversation: Conversation) -> Any:
         while True:
             replies = llm.collective_rpc(method, args=arguments)
             if inspect.isawaitable(replies):
-                replies = await replies
+                replies = await reply_of(llm, replies)
             method, arguments = conversation.send(replies)
     except StopIteration as end:
         return end.value

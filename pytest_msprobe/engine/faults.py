@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left of a capture whose engine failed, and whether the engine still works."""
 
+import asyncio
 import contextlib
 import os
 import threading
+from collections.abc import Awaitable
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +94,37 @@ def is_usable(llm: Any) -> bool:
         return False
 
 
+async def reply_of(llm: Any, call: Awaitable[Any]) -> Any:
+    """Awaits the reply of an asynchronous engine.
+
+    For a core that has been killed vLLM itself would wait for ever.
+
+    Args:
+        llm: An `AsyncLLM`.
+        call: What its method returned.
+
+    Raises:
+        EngineDeadError: VLLM's error; its core has died.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+            if is_core_dead(llm):
+                from vllm.v1.engine.exceptions import EngineDeadError
+
+                raise EngineDeadError
+        return task.result()
+    finally:
+        task.cancel()
+
+
 class EngineWatch:
     """Wakes a test that waits for an engine whose core has been killed.
 
-    vLLM's blocking client notices that its core has gone and goes on waiting for it;
-    the error that it would raise is put where it waits. Engines without a core in
-    another process, and asynchronous ones, need none of this.
+    vLLM's blocking client notices that its core has gone and goes on waiting for it,
+    for tokens or for the reply to a call; the error that it would raise is put where it
+    waits. Engines without a core in another process, and asynchronous ones, need none
+    of this.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -108,6 +136,7 @@ class EngineWatch:
         client = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
         self._resources = getattr(client, "resources", None)
         self._queue = getattr(client, "outputs_queue", None)
+        self._calls: dict[Any, Future[Any]] = getattr(client, "utility_results", {})
         self._end = threading.Event()
         if self._resources is not None and hasattr(self._queue, "put_nowait"):
             name = "msprobe-engine-watch"
@@ -119,6 +148,9 @@ class EngineWatch:
                 from vllm.v1.engine.exceptions import EngineDeadError
 
                 self._queue.put_nowait(EngineDeadError())  # type: ignore[union-attr]
+                for call in list(self._calls.values()):
+                    with contextlib.suppress(InvalidStateError):
+                        call.set_exception(EngineDeadError())
                 return
 
     def stop(self) -> None:

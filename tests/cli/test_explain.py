@@ -4,8 +4,9 @@
 import subprocess
 import time
 
+import numpy as np
 import pytest
-from captures import Network
+from captures import Network, capture
 
 from pytest_msprobe.cli.main import main
 from pytest_msprobe.golden.store import golden_bytes
@@ -48,6 +49,8 @@ def test_a_test_is_explained(project, capsys):
     assert "vllm: 1.2.3" in text
     assert "Someone: Record it" in text
     assert "msprobe.yaml:4: rows '*b.y*', rel_l2 0.5 (2 rows)" in text
+    assert "default, same key: rel_l2 0.001, max 0.001" in text
+    assert "default, another key: rel_l2 0.05, max 0.06" in text
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,37 @@ def test_a_row_is_explained(project, capsys, arguments):
     assert f"{moved}: rel_l2 0.02, max 0.02" in "\n".join(lines)
     assert sum(line.startswith("msprobe.yaml:4") for line in lines) == 2
     assert not any(line.startswith("msprobe.yaml:5") for line in lines)
+    assert sum(line.endswith("0.00015 is added to rel_l2") for line in lines) == 2
+    assert "numerics key: cpu-avx2-amd, rank 0 of 1" in lines
+    assert "vllm: 1.2.3" in lines
+    assert any("Someone: Record it" in line for line in lines)
+
+
+def test_what_no_limit_is_for_says_so(tmp_path, monkeypatch, capsys):
+    """Integers have no tolerance; across keys inputs and operators are not judged."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "golden" / "test_a.py" / "test_one"
+    folder.mkdir(parents=True)
+    rules = "engine: {model: any}\ntolerances: {rules: [{rows: '*', ignore: true}]}\n"
+    (tmp_path / "msprobe.yaml").write_text(rules)
+    slots = {"input_args.0": np.ones((4, 2))}, {"output.0": np.arange(4)}
+    choice = ("Module.e.choice.ExpertChoice.forward.0", 0, {}, slots[1])
+    found = capture([("Module.a.M.forward.0", 0, *slots), choice])
+    content = golden_bytes(found, "test_a.py::test_one", found.header.key)
+    (folder / "cpu-avx2-amd.jsonl").write_bytes(content)
+
+    assert main(["explain", "test_one", "*.a.*output*"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines.count("integers must be equal, no tolerance applies") == 2
+    assert lines.count("msprobe.yaml:2: rows '*', ignore") == 2
+    assert not any(line.startswith("default") for line in lines)
+    assert main(["explain", "test_one", "*input*"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines.count("not judged: with another key only outputs of modules are") == 1
+    assert main(["explain", "test_one", "*choice*"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines.count("integers must be equal, no tolerance applies") == 1
+    assert lines.count("what depends on another choice is not judged; tokens are") == 1
 
 
 def test_noise_is_part_of_the_chain(project, capsys):
@@ -79,6 +113,7 @@ def test_noise_is_part_of_the_chain(project, capsys):
     ("arguments", "phrase"),
     [
         (["test_two"], "tests with goldens: test_a.py::test_one"),
+        (["b.y.M.forward*"], "the nearest rows are Module."),
         (["test_one", "*zzz*"], "the nearest rows are Module."),
         (["test_one", "--msprobe-config", "none.yaml"], "none.yaml: cannot be read"),
     ],
@@ -104,3 +139,35 @@ def test_history_outside_a_repository(project, capsys):
 
     assert main(["explain", "test_one"]) == 0
     assert "not committed" in capsys.readouterr().out
+
+
+def test_few_elements_widen_the_defaults(tmp_path, monkeypatch, capsys):
+    """Norms and means of few elements say what they may be off by, if by default."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "golden" / "test_a.py" / "test_one"
+    folder.mkdir(parents=True)
+    few = [("0.prompt", np.ones((4, 1))), ("0.g1", np.full((1, 1), 0.1))]
+    outputs = {"output.0": few, "output.1": np.ones((4, 8))}
+    found = capture([("Module.gate.M.forward.0", 0, {}, outputs)])
+    content = golden_bytes(found, "test_a.py::test_one", found.header.key)
+    (folder / "cpu-avx2-amd.jsonl").write_bytes(content)
+    widened = "of 4 elements: at least rel_l2 / sqrt(elements): norm 0.025, mean 0.025"
+
+    def explained(rule, row):
+        rules = f"engine: {{model: any}}\ntolerances: {{rules: [{rule}]}}\n"
+        (tmp_path / "msprobe.yaml").write_text(rules)
+        assert main(["explain", row]) == 0
+        return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+    lines = explained('{rows: "*", max: 0.5}', "output.0@0.prompt")
+    assert lines.count(widened) == 1
+    assert lines[lines.index(widened) - 1].startswith("default: rel_l2 0.05")
+    assert widened not in explained('{rows: "*", max: 0.5}', "output.1@0.prompt")
+    assert widened not in explained('{rows: "*", rel_l2: 0.05}', "output.0@0.prompt")
+    assert not any("errors are relative" in line for line in lines)
+    gate = explained('{rows: "*", max: 0.5}', "output.0@0.g1")
+    relative = "of 1 element: errors are relative to 0.895545"
+    assert gate.count(relative) == 1
+    assert gate.count(f"{relative}, where it was scheduled differently") == 1
+    narrow = explained('{rows: "*", norm: 0.02}', "output.0@0.prompt")
+    assert any(line.endswith("sqrt(elements): mean 0.025") for line in narrow)

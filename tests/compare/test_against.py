@@ -54,15 +54,18 @@ def test_other_dtype_is_levelled(swapped):
     assert ("model.dtype", "bfloat16", "float32") in verdict.changes or swapped
 
 
-def test_other_kernels_round_otherwise():
-    """With vLLM's own kernels off on one side the limits for another key hold."""
-    off = {"provenance": {"custom_ops": ["none"]}}
+@pytest.mark.parametrize(
+    ("name", "value"), [("custom_ops", ["none"]), ("attention", ["TRITON_ATTN"])]
+)
+def test_other_kernels_round_otherwise(name, value):
+    """With other kernels on one side the limits for another key hold."""
+    off = {"provenance": {name: value}}
 
     verdict = judge_against(network(), network(after="b.y", factor=1.01, **off))
 
     assert verdict.status == "changed"
     assert verdict.mode == "cross"
-    assert "custom_ops" in verdict.notes[0]
+    assert name in verdict.notes[0]
     alike = judge_against(network(**off), network(after="b.y", factor=1.01, **off))
     assert (alike.status, alike.mode) == ("fail", "same")
 

@@ -155,6 +155,7 @@ def test_columns_equal_the_definition_row_by_row(pairs):
             assert finding.observed / finding.allowed == pytest.approx(finding.ratio)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 9), st.booleans())
 def test_sketches_are_decoded_as_they_were_stored(seed, count, is_wide):
     """Decoding in bulk gives what decoding each alone gives."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts: what depends on another choice of a router is not judged."""
 
+import math
+
 import captures
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_msprobe.compare.judge import judge, measure_noise
+from pytest_msprobe.compare.tolerance import REROUTED_LOGPROB
 from pytest_msprobe.dump.capture import StepLine
+from pytest_msprobe.model.limits import Rule
 from pytest_msprobe.model.names import CHOICE_CLASS
 
 LAYERS = 3
@@ -146,16 +150,92 @@ def test_noise_is_measured_without_what_depends_on_other_choices():
     assert noise.rerouted == _rows(1, "0.first")
 
 
-def test_tokens_are_judged_behind_other_choices():
-    """A log-probability that moved by too much fails whatever the routers chose."""
+@pytest.mark.parametrize(
+    ("factor", "has_choices", "key", "is_green"),
+    [
+        (1.08, True, OTHER_KEY, True),
+        (1.08, False, OTHER_KEY, False),
+        (1.12, True, OTHER_KEY, False),
+        (1.01, True, KEY, False),
+    ],
+)
+def test_mixtures_have_wider_limits_across_keys(factor, has_choices, key, is_green):
+    """A router's noise goes into the experts' shares, whatever it chooses."""
+    off = {(1, "0.g1", "mlp")}
+    golden = mixture(key=key, has_choices=has_choices)
+    candidate = mixture(off, factor=factor, has_choices=has_choices)
+
+    # All metrics but the norm, for which a common factor is the worst case.
+    rules = [Rule("norm", limits={"norm": math.inf})]
+    verdict = judge(golden, candidate, rules).verdict
+
+    assert verdict.is_green == is_green
+
+
+MOVED = -0.2 - 0.6 * REROUTED_LOGPROB
+LOST = -0.2 - 1.2 * REROUTED_LOGPROB
+
+
+@pytest.mark.parametrize(
+    ("part", "logprobs", "is_green"),
+    [
+        # Of two tokens the first is computed with the prompt, the second with g1.
+        ("0.first", (-0.1, MOVED), True),
+        ("0.prompt", (-0.1, MOVED), True),
+        ("0.g1", (-0.1, MOVED), True),
+        ("0.prompt", (MOVED, -0.2), True),
+        ("0.g1", (MOVED, -0.2), False),
+        ("0.first", (-0.1, LOST), False),
+        ("0.first", (-0.1, math.nan), False),
+    ],
+)
+def test_tokens_behind_other_choices_have_a_limit_of_their_own(
+    part, logprobs, is_green
+):
+    """Another expert moves what follows by more than rounding, and not by anything."""
     golden = mixture(key=OTHER_KEY)
-    candidate = mixture(others={(0, "0.first")})
-    candidate.header.requests = [request(logprobs=(-0.1, -0.9))]
+    candidate = mixture(others={(0, part)})
+    candidate.header.requests = [request(logprobs=logprobs)]
 
     verdict = verdict_of(golden, candidate)
 
-    assert verdict.status == "fail"
-    assert verdict.reasons == ["log-probabilities moved by more than is allowed"]
+    assert verdict.is_green == is_green
+    if not is_green:
+        reason = "log-probabilities moved by more than is allowed"
+        assert verdict.reasons == [reason]
+    rule = Rule("own", limits={"logprob": 0.05})
+    assert not judge(golden, candidate, [rule]).verdict.is_green
+    candidate.header.requests = golden.header.requests
+    assert verdict_of(golden, candidate).is_green
+
+
+def test_other_requests_tokens_keep_their_limit():
+    """A router's other choice for one request excuses no other request's tokens."""
+    golden, candidate = mixture(key=OTHER_KEY), mixture(others={(0, "0.first")})
+    for side, moved in ((golden, 0.0), (candidate, 0.8 * REROUTED_LOGPROB)):
+        other = request(label=1, logprobs=(-0.1 - moved, -0.2))
+        side.header.requests = [*side.header.requests, other]
+
+    verdict = verdict_of(golden, candidate)
+
+    assert not verdict.is_green
+    assert verdict.tokens.at == (1, 0)
+
+
+def test_choices_of_no_single_request_reach_every_token():
+    """A choice that is not split by requests may be anybody's."""
+
+    def make(key, shift, logprob):
+        ids = {"output.0": [("", IDS + shift)]}
+        calls = [
+            (module("a"), 0, {}, {"output.0": X}),
+            (module("m.choice", CHOICE_CLASS), 1, {}, ids),
+        ]
+        requests = [request(logprobs=(-0.1, logprob))]
+        return capture(calls, key=key, requests=requests)
+
+    assert verdict_of(make(OTHER_KEY, 0, -0.2), make(KEY, 1, MOVED)).is_green
+    assert not verdict_of(make(OTHER_KEY, 0, -0.2), make(KEY, 0, MOVED)).is_green
 
 
 @pytest.mark.parametrize("of_golden", [True, False])

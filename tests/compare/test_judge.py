@@ -13,7 +13,7 @@ from captures import KEY, OTHER_KEY, Network, capture, module, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_msprobe.compare.judge import judge
+from pytest_msprobe.compare.judge import judge, measure_noise
 from pytest_msprobe.dump.capture import StepLine
 from pytest_msprobe.model.limits import ROW_METRICS, Rule
 from pytest_msprobe.model.verdict import Verdict
@@ -338,6 +338,55 @@ def test_few_elements_are_no_average(size):
     rule = Rule("own", limits={"norm": 1e-3})
     verdict = across_keys(x, x * (1 + change), [rule])
     assert (verdict.status, verdict.worst[0].rule) == ("fail", "own")
+
+
+def gate(key, change, columns=1):
+    """A gate of few columns over a prompt and a token for which it is near 0."""
+    rng = np.random.default_rng(2)
+    prompt = rng.standard_normal((8, columns))
+    prompt /= np.sqrt((prompt**2).mean())
+    rows = [("0.first", np.full((1, columns), 50.0)), ("0.prompt", prompt)]
+    rows.append(("0.g1", np.full((1, columns), 0.01 + change)))
+    integers = [("0.prompt", np.arange(8)), ("0.g1", np.arange(1))]
+    slots = {"output.0": rows, "output.1": integers}
+    return capture([(module("gate"), 0, {}, slots)], key=key)
+
+
+def test_a_gate_near_zero_is_held_to_its_usual_size():
+    """Across keys few elements are off by a part of what their slot usually is."""
+    golden = gate(OTHER_KEY, 0.0)
+
+    assert verdict_of(golden, gate(KEY, 0.045)).is_green
+    verdict = verdict_of(golden, gate(KEY, 0.055))
+
+    assert {f.row.segment for f in verdict.worst} == {"0.g1"}
+    assert verdict.worst[0].observed == pytest.approx(0.055 / np.sqrt(8 / 9), rel=0.01)
+    assert verdict_of(golden, gate(KEY, math.nan)).status == "fail"
+    # With the same key it is held to its own size, as many elements always are.
+    assert not verdict_of(gate(KEY, 0.0), gate(KEY, 0.001)).is_green
+    assert not verdict_of(gate(OTHER_KEY, 0.0, 32), gate(KEY, 0.045, 32)).is_green
+
+
+def test_noise_stands_beside_the_limits_that_judging_applies():
+    """Calibration measures noise by the wider limits of few elements, like verdicts."""
+    x = np.random.default_rng(1).standard_normal((1, 4))
+    golden, candidate = (
+        capture([(module("m"), 0, {}, {"output.0": array})], key=key)
+        for array, key in ((x, KEY), (x * 1.01, OTHER_KEY))
+    )
+
+    found = measure_noise(golden, candidate)
+    ruled = measure_noise(golden, candidate, [Rule("own", limits={"norm": 1e-3})])
+
+    assert {metric: limits[0] for metric, limits in found.limits.items()} == {
+        "rel_l2": 0.05,
+        "max": 0.06,
+        "min": 0.06,
+        "norm": 0.025,
+        "mean": 0.025,
+    }
+    assert ruled.limits["norm"][0] == 1e-3
+    assert ruled.limits["mean"][0] == 0.025
 
 
 def test_unlimited_distance_leaves_other_defaults():

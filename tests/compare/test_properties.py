@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_msprobe.compare.judge import judge
-from pytest_msprobe.compare.match import columns_of
 from pytest_msprobe.compare.metrics import Error, row_errors
 from pytest_msprobe.compare.ranks import combine_ranks, first_failure
 from pytest_msprobe.dump.capture import CallLine, StepLine
+from pytest_msprobe.dump.columns import columns_of
 from pytest_msprobe.model.limits import ROW_METRICS, Rule
 
 NETWORK = Network()

@@ -8,7 +8,6 @@ from captures import tensor_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_msprobe.compare.match import columns_of
 from pytest_msprobe.compare.tolerance import (
     common_glob,
     default_limits,
@@ -18,6 +17,7 @@ from pytest_msprobe.compare.tolerance import (
     rule_text,
     unmatched_error,
 )
+from pytest_msprobe.dump.columns import columns_of
 from pytest_msprobe.model.limits import LIMIT_NAMES, ROW_METRICS, Rule
 
 NAMES = ["Module.a.M.forward.0.output.0", "Module.b.M.forward.0.output.0"]
@@ -38,9 +38,13 @@ def test_defaults_widen_with_what_differs():
     same = default_limits("same", "bfloat16")
     moved = default_limits("same", "bfloat16", is_rescheduled=True)
     cross = default_limits("cross", "bfloat16")
+    mixture = default_limits("cross", "bfloat16", is_mixture=True)
 
     for metric in LIMIT_NAMES:
-        assert same[metric] < moved[metric] <= cross[metric]
+        assert same[metric] < moved[metric] <= cross[metric] <= mixture[metric]
+    for mode, dtype in (("same", "bfloat16"), ("cross", "float16")):
+        alike = default_limits(mode, dtype, is_mixture=True)
+        assert alike == default_limits(mode, dtype)
 
 
 def test_a_rule_applies_to_the_rows_it_names():

@@ -19,6 +19,7 @@ from toy import InPlace, Model
 
 import pytest_msprobe
 from pytest_msprobe import PrecisionDebugger
+from pytest_msprobe.dump.layout import steps_of
 from pytest_msprobe.errors import CaptureError, ConfigError
 
 
@@ -95,7 +96,7 @@ def test_saved_names_are_numbered_within_a_step(tmp_path):
         debugger.save(1, "v")
         debugger.step()
 
-    assert sorted(p.name for p in (tmp_path / "dump").iterdir()) == ["step0", "step2"]
+    assert list(steps_of(tmp_path / "dump")) == [0, 2]
     assert list(read(tmp_path, 2, "debug.json")) == ["v.0.debug", "v_grad.0.debug"]
 
 
@@ -446,7 +447,7 @@ def test_no_request_of_that_name(tmp_path, caplog):
     debugger.stop()
     debugger.step()
 
-    assert not (tmp_path / "dump").exists()
+    assert not steps_of(tmp_path / "dump")
     assert "request 'a' is not in this step" in caplog.text
 
 
@@ -558,8 +559,7 @@ def test_one_start_lasts_over_the_steps_that_are_left_out(tmp_path):
         torch.exp(torch.ones(1))
         debugger.step()
 
-    folders = sorted(path.name for path in (tmp_path / "dump").iterdir())
-    assert folders == ["step1", "step3"]
+    assert list(steps_of(tmp_path / "dump")) == [1, 3]
     assert names(tmp_path, 3) == ["Torch.exp.0.forward"]
 
 
@@ -572,7 +572,7 @@ def test_a_stop_at_a_step_that_is_left_out_counts(tmp_path):
     torch.exp(torch.ones(1))
     debugger.step()
 
-    assert not (tmp_path / "dump").exists()
+    assert not steps_of(tmp_path / "dump")
 
 
 class Passing(TorchFunctionMode):
@@ -686,8 +686,7 @@ def test_recording_is_switched_between_steps(tmp_path):
         debugger.stop()
         debugger.step()
 
-    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
-    assert steps == ["step1", "step3"]
+    assert list(steps_of(tmp_path / "dump")) == [1, 3]
     assert len(names(tmp_path, 1)) == len(names(tmp_path, 3)) > 10
 
 
@@ -739,8 +738,7 @@ def test_a_start_that_is_never_stopped_is_switched_too(tmp_path):
         rewrite(tmp_path, dump_enable=is_on)
         debugger.step()
 
-    steps = sorted(path.name for path in (tmp_path / "dump").iterdir())
-    assert steps == ["step0", "step3"]
+    assert list(steps_of(tmp_path / "dump")) == [0, 3]
 
 
 # Copies of a model -------------------------------------------------------------
@@ -830,10 +828,10 @@ def test_a_forked_process_leaves_the_files_alone(tmp_path):
         debugger.start(model=model)
         model(torch.arange(5))
         debugger.step()
-        assert not (tmp_path / "dump").exists()
+        assert not steps_of(tmp_path / "dump")
 
     assert in_a_fork(child) == 0
-    assert not (tmp_path / "dump").exists()
+    assert not steps_of(tmp_path / "dump")
     debugger.stop()
     debugger.step()
     modules = [name for name in names(tmp_path) if name.startswith("Module.embed")]

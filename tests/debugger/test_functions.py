@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Level L1: which calls become rows, their names and roles."""
 
-import functools
 import inspect
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,11 +23,19 @@ from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.errors import ConfigError
 
 
-@pytest.fixture(params=[True, False], ids=["gradients", "traced"], autouse=True)
+@pytest.fixture(params=["gradients", "traced", "replaced"], autouse=True)
 def ways(request, monkeypatch):
     """Calls are recorded one by one where a backward may run, else only noted."""
-    both = functools.partial(Recorder, has_gradients=request.param)
-    monkeypatch.setattr(sys.modules[__name__], "Recorder", both)
+    original = Recorder
+
+    def recorder(config, *args, **options):
+        if request.param == "replaced":
+            config = replace(config, function_hooks="replace")
+        has_gradients = request.param == "gradients"
+        return original(config, *args, has_gradients=has_gradients, **options)
+
+    monkeypatch.setattr(sys.modules[__name__], "Recorder", recorder)
+    return request.param
 
 
 def calls_of(function, tmp_path, model=None, **options):
@@ -328,8 +336,10 @@ KNOWN = (torch.add, torch.nn.functional.softmax, torch.Tensor.__add__)
 RELU = torch.ops.aten.relu.default
 
 
-def test_models_that_check_torchs_functions_run_unchanged(tmp_path):
+def test_models_that_check_torchs_functions_run_unchanged(tmp_path, ways):
     """Types and identities of functions are torch's own while calls are recorded."""
+    if ways == "replaced":
+        pytest.skip("it replaces functions: such a model needs the function mode")
     model = torch.nn.Sequential(Suspicious())
     x = torch.randn(2, 3)
     results = []

@@ -72,9 +72,9 @@ class Program(torch.nn.Module):
             pool[j] = made.add(made[:1])
 
 
-def recorded(folder, program, *, has_gradients, level):
+def recorded(folder, program, *, has_gradients, level, hooks="mode"):
     """Names, roles and numbers of all steps."""
-    config = DebuggerConfig(level=level, risk_level="ALL")
+    config = DebuggerConfig(level=level, risk_level="ALL", function_hooks=hooks)
     recorder = Recorder(
         config,
         folder,
@@ -85,12 +85,16 @@ def recorded(folder, program, *, has_gradients, level):
     )
     model = torch.nn.Sequential(Program(program))
     recorder.attach(model)
+    functions = torch.Tensor.add, torch.add, torch.empty
     for number in range(STEPS):
         recorder.begin_step(number)
         with recorder.recording, torch.inference_mode():
             model(torch.arange(4.0) + number)
         recorder.end_step()
-    return [[shown(call) for call in step.calls] for step in recorder.close()]
+    steps = recorder.close()
+    recorder.detach()
+    assert hooks == "mode" or functions != (torch.Tensor.add, torch.add, torch.empty)
+    return [[shown(call) for call in step.calls] for step in steps]
 
 
 def shown(call):
@@ -122,6 +126,9 @@ def test_noted_calls_are_recorded_as_those_read_at_once(
     )
 
     assert noted == at_once
+    assert noted == recorded(
+        folder / "replaced", program, has_gradients=False, level=level, hooks="replace"
+    )
 
 
 def test_memory_nobody_wrote_is_shown_without_numbers(tmp_path):

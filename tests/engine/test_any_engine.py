@@ -186,15 +186,22 @@ def recording(llm, folder):
     return Capture(session, SimpleNamespace(nodeid="test"), llm, "", folder)
 
 
+def notes_of(caught):
+    """What was added to an error."""
+    return getattr(caught.value, "__notes__", [])
+
+
 def test_async_engine(demo_model, reference, tmp_path):
-    """An AsyncLLM is captured with `async with`; its rows are those of an LLM."""
+    """An AsyncLLM is captured with `async with`; for one that died nobody waits."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 
-    from pytest_msprobe.engine.launch import DETERMINISTIC
+    from pytest_msprobe.engine.launch import DETERMINISTIC, children
 
     async def run():
+        before = set(children())
         arguments = {**DETERMINISTIC, **tools.ARGUMENTS}
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(model=str(demo_model), **arguments)
@@ -206,6 +213,13 @@ def test_async_engine(demo_model, reference, tmp_path):
                 sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
                 async for _ in llm.generate(tools.PROMPT, sampling, "request"):
                     pass
+            killed = recording(llm, tmp_path / "killed")
+            await killed.__aenter__()
+            for child in set(children()) - before:
+                child.kill()
+            with pytest.raises(EngineDeadError) as caught:
+                await killed.__aexit__(None, None, None)
+            assert "msprobe: the core process of the engine died" in notes_of(caught)
             return capture.files
         finally:
             llm.shutdown()

@@ -183,8 +183,17 @@ def tokens(engine):
     return list(answer.outputs[0].token_ids)
 
 
-def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
-    """Runs a test file against real engines, of which nothing is left afterwards."""
+def run(pytester, tokens, tests, *, more="seed: 0", is_group=False, **variables):
+    """Runs a test file against real engines, of which nothing is left afterwards.
+
+    Args:
+        pytester: Where the file is written.
+        tokens: What a healthy engine generates.
+        tests: The tests.
+        more: A line below `engine`.
+        is_group: Whether it gets a process group of its own, as in a terminal.
+        variables: Of the environment.
+    """
     from pytest_msprobe.engine.launch import shared_memory
 
     (pytester.path / "msprobe.yaml").write_text(
@@ -197,13 +206,14 @@ def run(pytester, tokens, tests, *arguments, more="seed: 0", **variables):
     before = shared_memory()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA",
-         "--msprobe-config", "msprobe.yaml", "--msprobe-update=new", *arguments],
+         "--msprobe-config", "msprobe.yaml", "--msprobe-update=new"],
         cwd=pytester.path,
         env={"COLUMNS": "250", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # an engine that hangs; a busy machine is slow
         check=False,
+        start_new_session=is_group,
     )  # fmt: skip
     deadline = time.monotonic() + 15
     while left_processes(pytester.path) or left_memory(before):
@@ -279,6 +289,51 @@ def test_interrupt_in_the_middle_of_a_step(pytester, tokens):
     assert "KeyboardInterrupt" in done.stdout
     assert "Traceback" not in done.stderr
     assert complete_steps(capture_folder(pytester, "test_interrupted")) == {0, 1}
+
+
+INTERRUPT_ALL = """
+def test_killed_at_the_end(msprobe_engine, msprobe):
+    with msprobe.capture(msprobe_engine):
+        generate(msprobe_engine)
+        for child in psutil.Process().children(recursive=True):
+            if "VLLM::EngineCore" in " ".join(child.cmdline()):
+                child.kill()
+
+
+@pytest.mark.msprobe(decode_steps="all")
+def test_interrupted(msprobe_engine, msprobe):
+    # A job in the background of a shell ignores interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with msprobe.capture(msprobe_engine) as capture:
+        act_later(capture.folder, lambda: os.killpg(0, signal.SIGINT))
+        generate(msprobe_engine, 100)
+"""
+
+
+def test_interrupt_of_an_engine_in_other_processes(pytester, tokens):
+    """Nobody waits for a core that is gone; Ctrl-C, which it gets as well, ends all."""
+    done = run(
+        pytester,
+        tokens,
+        INTERRUPT_ALL,
+        is_group=True,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout[-3000:]
+    assert outcomes(done) == {"test_killed_at_the_end": "FAILED"}
+    assert "msprobe: the core process of the engine died" in done.stdout
+    assert complete_steps(capture_folder(pytester, "test_killed_at_the_end")) == {
+        0,
+        1,
+        2,
+    }
+    assert "KeyboardInterrupt" in done.stdout
+    assert "Traceback" not in done.stderr
+    steps = complete_steps(capture_folder(pytester, "test_interrupted"))
+    assert steps == set(range(len(steps)))
+    assert 5 <= len(steps) < 100
+    assert not list(pytester.path.rglob("*.tmp"))
 
 
 KILLED = """

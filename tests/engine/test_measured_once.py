@@ -49,6 +49,7 @@ SETTINGS = {
     "bounded": {"pending_bytes": 4096},
     "once": {},
     "call by call": {"summary_mode": "md5"},
+    "replaced": {"function_hooks": "replace"},
 }
 
 
