@@ -35,6 +35,8 @@ _TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
 UNWRITTEN: Role = "unwritten"
 # Columns that are copies of another rank's: dumped, never judged.
 COPIES = Piece(PADDING, 0, 0, 0, is_defined=False)
+# Bytes of the largest tensor that is measured because it is about to be written.
+_MOST_EARLY = 1 << 20
 # A tensor passed to a module may be a KV cache if it has so many elements.
 _SUSPICIOUS_ELEMENTS = 1 << 22
 
@@ -386,13 +388,16 @@ class Measurer:
 
         Returns:
             What stands for it from now on, once `launch` has been called; None if its
-            form is not known yet, or the part of the step divides it otherwise.
+            form is not known yet, the part of the step divides it otherwise, or it is
+            large: it would be measured twice.
         """
         try:
             plan = self._plans.get(_form_of(tensor))
         except (RuntimeError, NotImplementedError, TypeError):
             return None
         if plan is None or plan.kind < 0 or tensor.is_neg():
+            return None
+        if plan.elements * plan.size > _MOST_EARLY:
             return None
         classes: list[RowClass] = ["neither"]
         if self.padded_tokens >= 0 and self.phase != "outside":
