@@ -2,7 +2,7 @@
 """What a capture costs: steps of a real engine with and without one, side by side.
 
     python benchmarks/overhead.py [--model DIR | --shape NAME] [--rounds N]
-        [--variants NAME ...] [--plain] [--msprobe DIR] [--save FILE]
+        [--variants NAME ...] [--tokens N] [--plain] [--msprobe DIR] [--save FILE]
 
 Every tool has a process and an engine of its own; they take turns, so that a slow spell
 of the machine hits all of them. Figures are medians over the rounds, and ratios to the
@@ -79,7 +79,7 @@ SHAPES = {
         "torch_dtype": "bfloat16",
     },
 }
-SHORT, LONG = 1, 33
+SHORT = 1  # tokens of the generation that is taken off a longer one
 CACHE_BYTES = 2 << 30
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
@@ -92,6 +92,7 @@ def parse_arguments():
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--prefill", type=int, default=3000, help="tokens, 0 for none")
     parser.add_argument("--variants", nargs="*", choices=OURS, default=list(OURS))
+    parser.add_argument("--tokens", type=int, default=32, help="decode steps timed")
     parser.add_argument("--plain", action="store_true", help="no stance, no idle")
     parser.add_argument("--msprobe", help="site-packages that hold the real msProbe")
     parser.add_argument("--save", type=Path)
@@ -142,14 +143,14 @@ def generation_s(llm, tokens, *, batch=1, prompt=16):
     return time.perf_counter() - start
 
 
-def milliseconds(llm, what, number):
+def milliseconds(llm, what, number, steps):
     """Milliseconds of one step: a decode step of a batch, or a prefill."""
     if what == "prefill":
         generation_s(llm, 1, prompt=number)
         return generation_s(llm, 1, prompt=number) * 1e3
     generation_s(llm, 2, batch=number)
     short = generation_s(llm, SHORT, batch=number)
-    return (generation_s(llm, LONG, batch=number) - short) / (LONG - SHORT) * 1e3
+    return (generation_s(llm, SHORT + steps, batch=number) - short) / steps * 1e3
 
 
 def control(llm, action, **arguments):
@@ -161,26 +162,24 @@ def control(llm, action, **arguments):
     return reply
 
 
-def measure_ours(llm, variant, what, number):
+def measure_ours(llm, variant, *what):
     import dataclasses
 
     from pytest_msprobe.config.debugger_config import DebuggerConfig
 
     if variant == "idle":
-        return {"ms": milliseconds(llm, what, number)}
+        return {"ms": milliseconds(llm, *what)}
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.asdict(DebuggerConfig(**OURS[variant]))
         control(llm, "start", config=config, folder=folder)
-        ms = milliseconds(llm, what, number)
+        ms = milliseconds(llm, *what)
         start = time.perf_counter()
         reply = control(llm, "stop", test="overhead")
         seconds = time.perf_counter() - start
-        steps = reply["steps"]
+    steps = reply["steps"]
     return {
         "ms": ms,
-        "rows": reply["rows"] // steps,
-        "measured": reply["measured"] // steps,
-        "bytes": reply["bytes"] // steps,
+        **{name: reply[name] // steps for name in ("rows", "measured", "bytes")},
         "written_later_ms": seconds / steps * 1e3,
     }
 
@@ -266,13 +265,13 @@ def serve(arguments):
     answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        what, number = request["what"], request["number"]
+        what = request["what"], request["number"], arguments.tokens
         if tool == "ours":
-            reply = measure_ours(llm, request["variant"], what, number)
+            reply = measure_ours(llm, request["variant"], *what)
         else:
             if state is not None:
                 state["is_on"] = True
-            reply = {"ms": milliseconds(llm, what, number)}
+            reply = {"ms": milliseconds(llm, *what)}
             if state is not None:
                 state["is_on"] = False
         answers.write(json.dumps(reply) + "\n")

@@ -837,8 +837,7 @@ def _record_one(
             selection.leave(call.name, is_module=False)
         if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
             written = _written(entry, args, kwargs)
-            for tensor in written:
-                collector.before_write(tensor)
+            collector.before_writes(written)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
@@ -874,8 +873,7 @@ def _trace_call(
     if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
         try:
             written = _written(entry, args, kwargs)
-            for tensor in written:
-                collector.before_write(tensor)
+            collector.before_writes(written)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
     try:
