@@ -89,10 +89,9 @@ BENIGN = {
     "TP=2": ((TWO_RANKS, []), {"tensor_parallel_size": 2}, False),
     "another engine": (PLAIN, {}, False),
     "TRITON_ATTN": (PLAIN, {"attention_backend": "TRITON_ATTN"}, False),
-    "FLEX_ATTENTION": (PLAIN, {"attention_backend": "FLEX_ATTENTION"}, False),
 }
 CPU_ONLY = {"AVX512 without bf16", "AVX2", "TP=2"}
-GPU_ONLY = {"another engine", "TRITON_ATTN", "FLEX_ATTENTION"}
+GPU_ONLY = {"another engine", "TRITON_ATTN"}
 
 
 def parse_arguments():
@@ -436,7 +435,7 @@ def judge_sets(old, new):
         verdict = judge(golden, candidate).verdict
     else:  # other kernels, backends or ranks: A against B
         verdict = judge_against(golden, candidate)
-    noise = measure_noise(golden, candidate)
+    noise = measure_noise(golden, candidate, mode=verdict.mode)
     is_float = noise.pairs.candidate.has_sums(noise.pairs.new[noise.rows])
     return {
         "greatest": {

@@ -156,7 +156,11 @@ class Noise:
 
 
 def measure_noise(
-    golden: CaptureFile, candidate: CaptureFile, rules: Sequence[Rule] = ()
+    golden: CaptureFile,
+    candidate: CaptureFile,
+    rules: Sequence[Rule] = (),
+    *,
+    mode: KeyMode | None = None,
 ) -> Noise:
     """Errors of all rows that would be judged.
 
@@ -164,8 +168,10 @@ def measure_noise(
         golden: One capture.
         candidate: Another one of the same test.
         rules: Tolerances beyond the defaults.
+        mode: Same or another numerics key; taken from the headers if not given.
     """
-    mode: KeyMode = "same" if golden.header.key == candidate.header.key else "cross"
+    if mode is None:
+        mode = "same" if golden.header.key == candidate.header.key else "cross"
     verdict = Verdict(test=candidate.header.test, status="pass", mode=mode)
     state = _Judge(golden, candidate, rules, mode, verdict)
     pairs, limits, masks, errors = state.compare()
