@@ -292,14 +292,6 @@ def test_interrupt_in_the_middle_of_a_step(pytester, tokens):
 
 
 INTERRUPT_ALL = """
-def test_killed_at_the_end(msprobe_engine, msprobe):
-    with msprobe.capture(msprobe_engine):
-        generate(msprobe_engine)
-        for child in psutil.Process().children(recursive=True):
-            if "VLLM::EngineCore" in " ".join(child.cmdline()):
-                child.kill()
-
-
 @pytest.mark.msprobe(decode_steps="all")
 def test_interrupted(msprobe_engine, msprobe):
     # A job in the background of a shell ignores interrupts.
@@ -311,7 +303,7 @@ def test_interrupted(msprobe_engine, msprobe):
 
 
 def test_interrupt_of_an_engine_in_other_processes(pytester, tokens):
-    """Nobody waits for a core that is gone; Ctrl-C, which it gets as well, ends all."""
+    """Ctrl-C, which a terminal sends to the engine's core too, ends all of them."""
     done = run(
         pytester,
         tokens,
@@ -321,13 +313,6 @@ def test_interrupt_of_an_engine_in_other_processes(pytester, tokens):
     )
 
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout[-3000:]
-    assert outcomes(done) == {"test_killed_at_the_end": "FAILED"}
-    assert "msprobe: the core process of the engine died" in done.stdout
-    assert complete_steps(capture_folder(pytester, "test_killed_at_the_end")) == {
-        0,
-        1,
-        2,
-    }
     assert "KeyboardInterrupt" in done.stdout
     assert "Traceback" not in done.stderr
     steps = complete_steps(capture_folder(pytester, "test_interrupted"))
@@ -346,6 +331,15 @@ def test_killed(msprobe_engine, msprobe):
 
 def test_after_killed(msprobe_engine, msprobe):
     healthy(msprobe_engine, msprobe)
+"""
+
+KILLED_AT_THE_END = """
+def test_killed_at_the_end(msprobe_engine, msprobe):
+    with msprobe.capture(msprobe_engine):
+        generate(msprobe_engine)
+        for child in psutil.Process().children(recursive=True):
+            if "VLLM::EngineCore" in " ".join(child.cmdline()):
+                child.kill()
 """
 
 
@@ -387,19 +381,27 @@ def test_after_timeout(msprobe_engine, msprobe):
 
 
 def test_faults_of_an_engine_in_other_processes(pytester, tokens):
-    """Full disk and timeout fail their own test; killing the core fails the third."""
+    """Full disk, timeout and a killed core, also at the end, fail their own tests."""
     tests = OTHER_PROCESSES + KILLED.replace("{title}", "VLLM::EngineCore")
+    tests += KILLED_AT_THE_END
     done = run(pytester, tokens, tests, VLLM_ENABLE_V1_MULTIPROCESSING="1")
 
     expected = {}
     for name in ("full_disk", "timeout", "killed"):
         expected |= {f"test_{name}": "FAILED", f"test_after_{name}": "PASSED"}
+    expected["test_killed_at_the_end"] = "FAILED"
     assert outcomes(done) == expected, done.stdout[-6000:]
     assert "the dump could not be written: [Errno 27] File too large" in done.stdout
     assert "TimeoutError: the test took too long" in done.stdout
     assert complete_steps(capture_folder(pytester, "test_full_disk")) == {0, 1}
     assert complete_steps(capture_folder(pytester, "test_timeout")) >= {0, 1, 2, 3}
     assert "msprobe: the core process of the engine died" in done.stdout
+    summary = (
+        r"test_killed_at_the_end - [\w.]+: .* \(the core process of the engine died"
+    )
+    assert re.search(summary, done.stdout), done.stdout[-3000:]
+    at_the_end = complete_steps(capture_folder(pytester, "test_killed_at_the_end"))
+    assert at_the_end == {0, 1, 2}
     assert_complete_up_to_the_kill(done, capture_folder(pytester, "test_killed"))
 
 
