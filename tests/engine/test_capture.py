@@ -325,14 +325,31 @@ def expected_of(tensor):
     }
 
 
+def check_numbers(entry, tensor):
+    if tensor.is_floating_point() and tensor.ndim:
+        for name, value in expected_of(tensor).items():
+            scale = max(abs(value), entry["Norm"] / max(tensor.numel(), 1) ** 0.5)
+            assert entry[name] == pytest.approx(
+                value, abs=1e-6 * scale + 1e-12, nan_ok=True
+            )
+    elif not tensor.is_floating_point() and tensor.ndim:
+        assert (entry["Max"], entry["Min"]) == (
+            tensor.max().item(),
+            tensor.min().item(),
+        )
+
+
 @pytest.mark.parametrize("level", ["L0", "mix"])
 def test_every_statistic_is_that_of_the_saved_tensor(engine, folder, level):
-    """Each number of a dump is recomputed in float64 from tensors of the same run."""
+    """Each number of a dump is recomputed in float64 from tensors of the same run.
+
+    Memory that nobody has written is given to operators, and has no numbers.
+    """
     capture = tools.capture(engine, folder, level=level, task="tensor")
-    checked = 0
+    checked = unwritten = 0
 
     def check(entry, place):
-        nonlocal checked
+        nonlocal checked, unwritten
         if isinstance(entry, list):
             for item in entry:
                 check(item, place)
@@ -340,29 +357,22 @@ def test_every_statistic_is_that_of_the_saved_tensor(engine, folder, level):
             for item in entry.values():
                 check(item, place)
         elif isinstance(entry, dict) and entry.get("data_name"):
+            if entry["Max"] is None:
+                assert ".forward.input" in entry["data_name"]
+                unwritten += 1
+                return
             tensor = torch.load(place / entry["data_name"], weights_only=True)
             assert list(tensor.shape) == entry["shape"]
             assert str(tensor.dtype) == entry["dtype"]
-            if tensor.is_floating_point() and tensor.ndim:
-                for name, value in expected_of(tensor).items():
-                    scale = max(
-                        abs(value), entry["Norm"] / max(tensor.numel(), 1) ** 0.5
-                    )
-                    assert entry[name] == pytest.approx(
-                        value, abs=1e-6 * scale + 1e-12, nan_ok=True
-                    )
-            elif not tensor.is_floating_point() and tensor.ndim:
-                assert (entry["Max"], entry["Min"]) == (
-                    tensor.max().item(),
-                    tensor.min().item(),
-                )
+            check_numbers(entry, tensor)
             checked += 1
 
     for step in range(3):
         for record in dump_of(capture, step).values():
             folder_ = capture.path.parent / f"step{step}" / "rank0" / "dump_tensor_data"
             check([v for k, v in record.items() if k != "x"], folder_)
-    assert checked > (500 if level == "L0" else 1500)
+    assert checked > (500 if level == "L0" else 1400)
+    assert unwritten == 0 if level == "L0" else 0 < unwritten < checked / 10
 
 
 def test_segments_add_up_to_the_dump(l0):
