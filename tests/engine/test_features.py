@@ -403,7 +403,7 @@ def test_a_limit_of_bytes_ends_a_capture(engine, tmp_path):
     reply = tools.control(
         engine,
         "start",
-        config={"level": "mix", "max_bytes": 600_000},
+        config={"level": "mix", "max_bytes": 300_000},
         folder=str(tmp_path),
     )
     assert reply["ok"], reply
@@ -412,7 +412,7 @@ def test_a_limit_of_bytes_ends_a_capture(engine, tmp_path):
 
     assert not reply["ok"]
     assert re.search(
-        r"recording stopped behind step [12]: \d+ bytes, max_bytes is 600000",
+        r"recording stopped behind step [12]: \d+ bytes, max_bytes is 300000",
         reply["error"],
     )
     assert tools.capture(engine, tmp_path).steps
