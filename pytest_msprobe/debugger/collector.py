@@ -27,7 +27,6 @@ from pytest_msprobe.debugger.measure import (
     PLAIN_TYPES,
     UNWRITTEN,
     Addition,
-    Early,
     Measured,
     Measurer,
     Unwritten,
@@ -117,8 +116,6 @@ class Collector:
         numbering: Of the open step's calls where they are recorded one by one.
         trace: Calls of the open step where they are only noted.
         is_traced: Whether they are.
-        measures_early: Kinds of devices where tensors are measured before they are
-            written; elsewhere copies are kept.
     """
 
     keeps_weights = False
@@ -126,8 +123,6 @@ class Collector:
     has_steady_stacks = True
     width = 1
     region = ""
-    # Kinds of devices where starting a kernel costs no more than making a copy.
-    measures_early = frozenset(("cuda",))
     _is_trying = False
     _trace_limit = _MOST_NOTED  # of traced calls, that are noted before they are read
     _counts_bytes = True  # and of their tensors, unless it is known that they are few
@@ -840,67 +835,28 @@ class Collector:
         return int(max(1, min(_MOST_NOTED, calls)))
 
     def before_write(self, tensor: torch.Tensor) -> None:
-        """Something is about to write a tensor."""
-        self.before_writes((tensor,))
-
-    def before_writes(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Something is about to write tensors: what was noted of them is kept or read.
-
-        Args:
-            tensors: All that one call writes.
-        """
-        addresses = [storage_address(tensor) for tensor in tensors]
-        for address in addresses:
-            if address not in self._opaque:
-                self._settle(address)
-        for address in addresses:
-            if address in self._opaque:
-                continue
-            self.measurer.release(address)
-            if address in self._constants:
-                del self._constants[address]
-                self._measured_constants.clear()
-                self._constant_ids.clear()
-                self._constant_version += 1
-
-    def _settle(self, address: int) -> None:
-        """What was noted does not depend any longer on what a storage holds.
-
-        Args:
-            address: Its first byte.
-        """
+        """Something is about to write a tensor: what was noted is read first."""
+        address = storage_address(tensor)
+        if address in self._opaque:
+            return
         if self._log or not address or address in self._constants:
             self.read_log()
         elif self.trace.holds(address):
             if address in self._undefined:
                 is_settled = self.trace.define(address)
             else:
-                is_settled = self._measure_early(address) or self.trace.keep(
+                is_settled = self.trace.keep(
                     address, self.config.pending_bytes // _COPIED_SHARE
                 )
             if not is_settled:
                 self.read_log()
         self._undefined.pop(address, None)
-
-    def _measure_early(self, address: int) -> bool:
-        """Has measured what was noted in a storage; whether that could be done.
-
-        Args:
-            address: Its first byte.
-        """
-        if not self.measures_early or self.places or not self.is_recording:
-            return False
-        self.is_recording = False
-        try:
-            with torch._C.DisableTorchFunction():  # noqa: SLF001 - not recorded
-                return self.trace.measure(address, self._early_of)
-        finally:
-            self.is_recording = True
-
-    def _early_of(self, tensor: torch.Tensor) -> Early | None:
-        if tensor.device.type not in self.measures_early:
-            return None
-        return self.measurer.measure_early(tensor)
+        self.measurer.release(address)
+        if address in self._constants:
+            del self._constants[address]
+            self._measured_constants.clear()
+            self._constant_ids.clear()
+            self._constant_version += 1
 
     def before_any_write(self) -> None:
         """Something is about to write, and nobody knows what."""
@@ -1051,8 +1007,6 @@ class Collector:
                 else:
                     node = self._measure_at(value, f"{side}.{index}", call, place)
                 nodes.append(node or self._measure_at(value, "", call, place))
-            elif type(value) is Early:
-                nodes.append(measurer.early(value, refuted, place))
             else:
                 nodes.append(self._read_one(value, f"{side}.{index}", call, place))
         return nodes
@@ -1060,9 +1014,6 @@ class Collector:
     def _read_one(self, value: Any, slot: str, call: RawCall, place: Any) -> Tree:
         if type(value) is Unwritten:
             return self.measurer.form(value.tensor)
-        if type(value) is Early:
-            slots = call.site.refuted
-            return self.measurer.early(value, slots, (call.number, place))
         if isinstance(value, torch.Tensor):
             return self._measure_at(value, slot, call, (call.number, place))
         return self._describe(value, slot)

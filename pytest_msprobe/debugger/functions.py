@@ -837,7 +837,8 @@ def _record_one(
             selection.leave(call.name, is_module=False)
         if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
             written = _written(entry, args, kwargs)
-            collector.before_writes(written)
+            for tensor in written:
+                collector.before_write(tensor)
     except Exception as error:  # noqa: BLE001 - never into the model
         collector.fail(error)
         call = None
@@ -873,7 +874,8 @@ def _trace_call(
     if entry.positions or entry.names or entry.writes_unmarked or "out" in kwargs:
         try:
             written = _written(entry, args, kwargs)
-            collector.before_writes(written)
+            for tensor in written:
+                collector.before_write(tensor)
         except Exception as error:  # noqa: BLE001 - never into the model
             collector.fail(error)
     try:

@@ -35,8 +35,6 @@ _TYPE_NAMES = {"FakeTensor": "torch._subclasses.fake_tensor.FakeTensor"}
 UNWRITTEN: Role = "unwritten"
 # Columns that are copies of another rank's: dumped, never judged.
 COPIES = Piece(PADDING, 0, 0, 0, is_defined=False)
-# Bytes of the largest tensor that is measured because it is about to be written.
-_MOST_EARLY = 1 << 20
 # A tensor passed to a module may be a KV cache if it has so many elements.
 _SUSPICIOUS_ELEMENTS = 1 << 22
 
@@ -190,21 +188,6 @@ class Unwritten:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-
-
-class Early:
-    """What stands for a tensor that was measured because it was about to be written.
-
-    Attributes:
-        plan: Its form.
-        rows: What was measured, for each way in which a slot may divide it.
-    """
-
-    __slots__ = ("plan", "rows")
-
-    def __init__(self, plan: "Plan", rows: "dict[RowClass, Measured]") -> None:
-        self.plan = plan
-        self.rows = rows
 
 
 # A tensor, its plan, how it is divided, address of its first element, first byte of its
@@ -379,54 +362,6 @@ class Measurer:
                 if self.held_bytes > self._most_held:
                     self._let_go()
         return result
-
-    def measure_early(self, tensor: torch.Tensor) -> Early | None:
-        """Measures a tensor that is about to be written, for any slot that has it.
-
-        Args:
-            tensor: A plain one.
-
-        Returns:
-            What stands for it from now on, once `launch` has been called; None if its
-            form is not known yet, the part of the step divides it otherwise, or it is
-            large: it would be measured twice.
-        """
-        try:
-            plan = self._plans.get(_form_of(tensor))
-        except (RuntimeError, NotImplementedError, TypeError):
-            return None
-        if plan is None or plan.kind < 0 or tensor.is_neg():
-            return None
-        if plan.elements * plan.size > _MOST_EARLY:
-            return None
-        classes: list[RowClass] = ["neither"]
-        if self.padded_tokens >= 0 and self.phase != "outside":
-            if self.phase != "forward":
-                return None
-            if plan.first == self.padded_tokens:
-                classes.append("token")
-        known = self.seen.get(id(tensor))
-        address = tensor.data_ptr()
-        storage = address - int(tensor.storage_offset()) * plan.size
-        rows: dict[RowClass, Measured] = {}
-        for row_class in classes:
-            own = known[1] if known is not None else None
-            if own is None or own.row_class != row_class or own.role != "read":
-                (own,) = self.add_all(
-                    [(tensor, plan, row_class, address, storage, "read")]
-                )
-            rows[row_class] = own
-        return Early(plan, rows)
-
-    def early(self, early: Early, refuted: set[Any], slot: Any) -> Measured:
-        """The numbers of a tensor that was measured early.
-
-        Args:
-            early: What stands for it.
-            refuted: As for `measure`.
-            slot: As for `measure`.
-        """
-        return early.rows[self._classify(early.plan.first, refuted, slot)]
 
     def _let_go(self) -> None:
         """Measures what is held, and holds it no longer."""

@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pytest_msprobe.debugger.calls import describe_value, holds_others
-from pytest_msprobe.debugger.measure import (
-    PLAIN_TYPES,
-    Early,
-    Measured,
-    Plan,
-    Unwritten,
-)
+from pytest_msprobe.debugger.measure import PLAIN_TYPES, Measured, Plan, Unwritten
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
 if TYPE_CHECKING:
@@ -95,7 +89,6 @@ class Recipe:
         originals: Picks where they are given first.
         copied: Places of both.
         again: Tensors of memory that nobody had written, and where they are measured.
-        early: Places of those that were measured before, their form and division.
     """
 
     state: int
@@ -118,7 +111,6 @@ class Recipe:
     originals: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
     copied: list[tuple[int, int]] = field(default_factory=list)
     again: list[tuple[int, int]] = field(default_factory=list)
-    early: list[tuple[int, Plan, "RowClass"]] = field(default_factory=list)
 
     def fits(
         self, values: Sequence[Any], state: int, version: int
@@ -139,11 +131,6 @@ class Recipe:
             if not self._has_forms(tensors, values):
                 return None
         nodes = self.nodes.copy()
-        for place, plan, row_class in self.early:
-            value = values[place]
-            if type(value) is not Early or value.plan is not plan:
-                return None
-            nodes[place] = value.rows[row_class]
         for place, expected, name in self.same:
             value = values[place]
             if value is not expected:
@@ -262,12 +249,6 @@ class _Maker:
             if not isinstance(node, Measured):
                 return False
             self._unwritten.append((place, value.tensor))
-        elif type(value) is Early:
-            if not isinstance(node, Measured):
-                return False
-            self.recipe.early.append((place, value.plan, node.row_class))
-            if slot.role is not None:
-                self.recipe.roles.append((place, slot.role))
         elif known is not None and known[1] is node:
             self._constant_places.append(place)
             self.recipe.constant_ids.append(id(value))

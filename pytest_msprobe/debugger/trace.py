@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from pytest_msprobe.debugger.measure import PLAIN_TYPES, Early, storage_address
+from pytest_msprobe.debugger.measure import PLAIN_TYPES, storage_address
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.model.calls import Frame, Phase, Tree
 
@@ -54,15 +54,13 @@ class Defined(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """That something was kept in place of tensors which are written now.
+    """That copies were kept of tensors which are written now.
 
     Attributes:
         places: Of the values that lay there when they were noted.
-        is_measured: They were measured; else copies were kept.
     """
 
     places: tuple[int, ...]
-    is_measured: bool = False
 
 
 class Point(Protocol):
@@ -460,37 +458,6 @@ class Trace:
             self._places[storage_address(copy)] = []
         for place in places:
             self._places[storage_address(values[place])].append(place)
-        return True
-
-    def measure(
-        self, storage: int, measure: Callable[[torch.Tensor], Early | None]
-    ) -> bool:
-        """Has the tensors measured in a storage that is about to be written.
-
-        Args:
-            storage: Its first byte; it is held.
-            measure: Measures a tensor.
-
-        Returns:
-            Whether that could be done.
-        """
-        places, values = self._places[storage], self.values
-        found: dict[int, Early] = {}
-        for place in places:
-            value = values[place]
-            if id(value) not in found:
-                early = measure(value)
-                if early is None:
-                    return False
-                found[id(value)] = early
-        del self._places[storage]
-        for place in places:
-            values[place] = found[id(values[place])]
-        for key in found:
-            self._located.pop(key, None)
-        if self.counted:
-            self.counted -= found.keys()
-        self.keys.append(Kept(tuple(places), is_measured=True))
         return True
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.measure import PLAIN_TYPES
 
 NAMESPACES: tuple[Any, ...] = (
     torch,
@@ -138,10 +139,12 @@ class WriteBarriers:
         @functools.wraps(original)
         def barrier(*args: Any, **kwargs: Any) -> Any:
             if collector.is_recording and identify() == collector.thread:
-                try:
-                    collector.before_writes(_tensors(written(args, kwargs)))
-                except Exception as error:  # noqa: BLE001 - never into the model
-                    collector.fail(error)
+                for value in written(args, kwargs):
+                    if type(value) in PLAIN_TYPES:
+                        collector.before_write(value)
+                    elif value is not None:
+                        for tensor in _tensors([value]):
+                            collector.before_write(tensor)
             return original(*args, **kwargs)
 
         @functools.wraps(original)
