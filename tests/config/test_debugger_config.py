@@ -53,6 +53,12 @@ def test_defaults_are_msprobes():
     assert config.rank == config.step == ()
 
 
+def test_functions_are_met_by_the_mode_unless_asked_otherwise():
+    """The key function_hooks chooses how calls of functions are met."""
+    assert parse({}).function_hooks == "mode"
+    assert parse({"function_hooks": "replace"}).function_hooks == "replace"
+
+
 def test_unknown_keys_are_ignored():
     """A config.json may hold any key that only msProbe knows."""
     assert parse({**SEED, "something": 1, "statistics": {"other": 2}}).level == "mix"
@@ -116,6 +122,7 @@ BAD = [
     ({"precision": None}, "precision"),
     ({"precision": "double"}, "precision"),
     ({"risk_level": "HIGH"}, "risk_level"),
+    ({"function_hooks": "swap"}, "function_hooks"),
     ({"custom_op_namespaces": "vllm"}, "custom_op_namespaces"),
     ({"custom_op_namespaces": [1]}, "custom_op_namespaces"),
     ({"support_wrap_ops": "missing.yaml"}, "support_wrap_ops"),
