@@ -835,7 +835,7 @@ class Collector:
         return int(max(1, min(_MOST_NOTED, calls)))
 
     def before_write(self, tensor: torch.Tensor) -> None:
-        """Something is about to write a tensor: what was noted is read first."""
+        """Something is about to write a tensor: what was noted is kept or read."""
         address = storage_address(tensor)
         if address in self._opaque:
             return

@@ -267,11 +267,14 @@ def _owner(group: str) -> Any:
         return _resolve(torch, place.removeprefix("torch."))
 
 
-@functools.cache
-def operator_functions() -> dict[Any, tuple[str, ...]]:
-    """Which function a mode sees for each Python operator, found by trying."""
-    seen: dict[Any, list[str]] = {}
-    current = ""
+def functions_told(call: Any, *args: Any) -> tuple[list[Any], bool]:
+    """What a function mode is told while a call runs, and whether it came to its end.
+
+    Args:
+        call: May raise TypeError or RuntimeError.
+        args: Its arguments.
+    """
+    told: list[Any] = []
 
     class Probe(TorchFunctionMode):
         def __torch_function__(
@@ -282,18 +285,26 @@ def operator_functions() -> dict[Any, tuple[str, ...]]:
             kwargs: dict[str, Any] | None = None,
         ) -> Any:
             del types
-            seen.setdefault(func, []).append(current)
+            told.append(func)
             return func(*args, **(kwargs or {}))
 
+    with Probe():
+        try:
+            call(*args)
+        except (TypeError, RuntimeError):
+            return told, False
+    return told, True
+
+
+@functools.cache
+def operator_functions() -> dict[Any, tuple[str, ...]]:
+    """Which function a mode sees for each Python operator, found by trying."""
+    seen: dict[Any, list[str]] = {}
     for name, function in _OPERATORS.items():
         sample = torch.ones(2, 2) if "matmul" in name or "truediv" in name else None
         left = sample if sample is not None else torch.ones(2, 2, dtype=torch.int64)
-        current = name
-        with Probe():
-            try:
-                function(left, left)
-            except (TypeError, RuntimeError):
-                continue
+        for told in functions_told(function, left, left)[0]:
+            seen.setdefault(told, []).append(name)
     return {function: tuple(names) for function, names in seen.items()}
 
 

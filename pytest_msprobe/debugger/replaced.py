@@ -15,7 +15,6 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from pytest_msprobe.debugger.callers import Callers
 from pytest_msprobe.debugger.collector import Collector
@@ -24,12 +23,12 @@ from pytest_msprobe.debugger.functions import (
     Entry,
     FunctionTable,
     call_unrecorded,
+    functions_told,
     operator_site,
     record_call,
 )
-from pytest_msprobe.debugger.writes import NAMESPACES, WriteBarriers
+from pytest_msprobe.debugger.writes import NAMESPACES, Replacements, WriteBarriers
 
-_MISSING = object()
 _PACKETS: tuple[Any, ...] = (torch._ops.OpOverloadPacket, torch._ops.OpOverload)  # noqa: SLF001
 # Methods of operators, whose functions a mode sees under another name.
 _BINARY = (
@@ -46,7 +45,7 @@ class ReplacedFunctions:
         self._table = table
         self._callers = Callers()
         self._barriers = WriteBarriers(collector)
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._replacements = Replacements()
         # Whether a function in Python runs, of which only itself is recorded.
         self._is_inside = False
 
@@ -59,89 +58,71 @@ class ReplacedFunctions:
             if entry.action is Action.PASS and not any(sites):
                 continue
             known.add((id(owner), name))
-            self._put(owner, name, self._replacement(function, entry))
+            self._replacements.put(owner, name, self._replacement(function, entry))
         for kind in _PACKETS:
-            self._put(kind, "__call__", self._dispatcher(kind.__call__))
+            self._replacements.put(kind, "__call__", self._dispatcher(kind.__call__))
         self._barriers.install(but=known, has_operators=False)
 
     def remove(self) -> None:
         """Puts the originals back."""
         self._barriers.remove()
-        for owner, name, original in reversed(self._originals):
-            if original is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
-        self._originals.clear()
+        self._replacements.remove()
 
-    def _put(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self._originals.append((owner, name, vars(owner).get(name, _MISSING)))
-        setattr(owner, name, function)
+    def _is_passed(self) -> bool:
+        """Whether a call that is made now is none of those to be recorded."""
+        collector = self._collector
+        return (
+            not collector.is_recording
+            or self._is_inside
+            or threading.get_ident() != collector.thread
+            or torch._C._is_torch_function_all_disabled()  # noqa: SLF001 - no other access
+        )
 
     def _replacement(
         self, original: Callable[..., Any], entry: Entry
     ) -> Callable[..., Any]:
-        collector, identify = self._collector, threading.get_ident
-        is_off: Callable[[], bool] = torch._C._is_torch_function_all_disabled  # noqa: SLF001
-        inner = self._shielded(original) if entry.is_python else original
+        is_passed, call = self._is_passed, self._call
 
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
-            if (
-                not collector.is_recording
-                or self._is_inside
-                or identify() != collector.thread
-                or is_off()
-            ):
+            if is_passed():
                 return original(*args, **kwargs)
             frame = sys._getframe(1)  # noqa: SLF001 - the caller decides the name
-            return self._call(entry, original, inner, args, kwargs, frame)
+            return call(entry, original, args, kwargs, frame)
 
         return function
 
     def _dispatcher(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The call of any operator."""
-        collector, identify = self._collector, threading.get_ident
-        is_off: Callable[[], bool] = torch._C._is_torch_function_all_disabled  # noqa: SLF001
-        known, lookup = self._table.known, self._table.lookup
+        is_passed, lookup = self._is_passed, self._table.lookup
 
         @functools.wraps(original)
         def call(packet: Any, /, *args: Any, **kwargs: Any) -> Any:
-            if (
-                not collector.is_recording
-                or self._is_inside
-                or identify() != collector.thread
-                or is_off()
-            ):
+            if is_passed():
                 return original(packet, *args, **kwargs)
-            entry = known.get(packet) or lookup(packet)
-            operator = functools.partial(original, packet)
+            entry = lookup(packet)
             if entry.is_passed and not kwargs:
-                return operator(*args)
-            inner = self._shielded(operator) if entry.is_python else operator
+                return original(packet, *args)
             frame = sys._getframe(1)  # noqa: SLF001 - where stacks start
-            return self._call(entry, operator, inner, args, kwargs, frame)
+            operator = functools.partial(original, packet)
+            return self._call(entry, operator, args, kwargs, frame)
 
         return call
 
-    def _shielded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of which nothing inside is recorded."""
-
-        @functools.wraps(original)
-        def shielded(*args: Any, **kwargs: Any) -> Any:
-            self._is_inside = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._is_inside = False
-
-        return shielded
+    def _shield(
+        self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls a function of which nothing inside is recorded."""
+        self._is_inside = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._is_inside = False
 
     def _call(
         self,
         entry: Entry,
         original: Callable[..., Any],
-        inner: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: FrameType,
@@ -153,6 +134,9 @@ class ReplacedFunctions:
             ):
                 return original(*args, **kwargs)  # what it calls is met
             site = operator_site(self._callers, self._table, entry, frame, args)
+        inner = original
+        if entry.is_python:
+            inner = functools.partial(self._shield, original)
         if site is None:
             return call_unrecorded(self._collector, entry, inner, args, kwargs)
         return record_call(self._collector, entry, site, inner, args, kwargs, frame)
@@ -184,33 +168,15 @@ def _operator_methods() -> dict[str, Any]:
     names = [f"__{way}{name}__" for name in _BINARY for way in ("", "r", "i")]
     names += [f"__{name}__" for name in _OTHERS.split()]
     seen: dict[str, Any] = {}
-    current = ""
-
-    class Probe(TorchFunctionMode):
-        def __torch_function__(
-            self,
-            func: Any,
-            types: Any,
-            args: tuple[Any, ...] = (),
-            kwargs: dict[str, Any] | None = None,
-        ) -> Any:
-            del types
-            seen.setdefault(current, func)
-            return func(*args, **(kwargs or {}))
-
     for name in names:
         method = getattr(torch.Tensor, name, None)
         if method is None:
             continue
-        current = name
-        for sample in (torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int64)):
-            with Probe():
-                try:
-                    method(sample, sample)
-                except (TypeError, RuntimeError):
-                    try:
-                        method(sample)
-                    except (TypeError, RuntimeError):
-                        continue
-            break
+        samples = (torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int64))
+        for given in ((x,) * count for x in samples for count in (2, 1)):
+            told, has_ended = functions_told(method, *given)
+            if told:
+                seen.setdefault(name, told[0])
+            if has_ended:
+                break
     return seen

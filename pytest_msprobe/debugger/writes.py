@@ -92,12 +92,33 @@ def is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+class Replacements:
+    """Functions put in place of others, in modules and classes."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def put(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Replaces an attribute."""
+        self._originals.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, function)
+
+    def remove(self) -> None:
+        """Puts the originals back; what was inherited is inherited again."""
+        for owner, name, original in reversed(self._originals):
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        self._originals.clear()
+
+
 class WriteBarriers:
     """Replaces the functions that write and puts them back."""
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._replacements = Replacements()
 
     def install(
         self,
@@ -119,12 +140,7 @@ class WriteBarriers:
 
     def remove(self) -> None:
         """Puts the originals back."""
-        for owner, name, original in reversed(self._originals):
-            if original is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
-        self._originals.clear()
+        self._replacements.remove()
 
     def _replace(
         self,
@@ -133,7 +149,6 @@ class WriteBarriers:
         written: _Written,
     ) -> None:
         original = getattr(owner, name)
-        own = vars(owner).get(name, _MISSING)
         collector, identify = self._collector, threading.get_ident
 
         @functools.wraps(original)
@@ -153,8 +168,8 @@ class WriteBarriers:
                 return barrier(*args, **kwargs)
             return original(*args, **kwargs)
 
-        self._originals.append((owner, name, own))
-        setattr(owner, name, out_barrier if written is _out else barrier)
+        replacement = out_barrier if written is _out else barrier
+        self._replacements.put(owner, name, replacement)
 
 
 def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:

@@ -5,7 +5,6 @@ import inspect
 import sys
 import threading
 import types
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,20 +21,7 @@ from pytest_msprobe.debugger.materialize import materialize
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.errors import ConfigError
 
-
-@pytest.fixture(params=["gradients", "traced", "replaced"], autouse=True)
-def ways(request, monkeypatch):
-    """Calls are recorded one by one where a backward may run, else only noted."""
-    original = Recorder
-
-    def recorder(config, *args, **options):
-        if request.param == "replaced":
-            config = replace(config, function_hooks="replace")
-        has_gradients = request.param == "gradients"
-        return original(config, *args, has_gradients=has_gradients, **options)
-
-    monkeypatch.setattr(sys.modules[__name__], "Recorder", recorder)
-    return request.param
+pytestmark = pytest.mark.usefixtures("ways")
 
 
 def calls_of(function, tmp_path, model=None, **options):

@@ -2,9 +2,7 @@
 """Who wrote a tensor's memory, and when it is measured again."""
 
 import json
-import sys
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -77,18 +75,7 @@ class Overwriter(torch.nn.Module):
         return self.child(x).mul_(3.0)
 
 
-@pytest.fixture(params=["gradients", "traced", "replaced"], autouse=True)
-def ways(request, monkeypatch):
-    """Calls are recorded one by one where a backward may run, else only noted."""
-    original = Recorder
-
-    def recorder(config, *args, **options):
-        if request.param == "replaced":
-            config = replace(config, function_hooks="replace")
-        has_gradients = request.param == "gradients"
-        return original(config, *args, has_gradients=has_gradients, **options)
-
-    monkeypatch.setattr(sys.modules[__name__], "Recorder", recorder)
+pytestmark = pytest.mark.usefixtures("ways")
 
 
 def run(tmp_path, model, inputs, *, level="mix", between=None, call=None):
