@@ -412,6 +412,7 @@ class Trace:
                 keys = [k for k in self.keys if type(k) not in _NO_EVENTS]
             if type(keys[event]) is Mark and keys[event].point.module is not None:
                 return False
+        del self._places[storage]  # their numbers are not asked for
         self.keys.append(Defined(places))
         return True
 

@@ -5,14 +5,16 @@ import ctypes
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.model.segments import RequestRows, StepLayout
 
 POOL = 3
-STEPS = 3
+# Rows of the steps: once the tensors have other rows, which is remembered.
+ROWS = (4, 4, 3, 4)
 KINDS = (
     "empty add add_ part out copy module hidden mixed relu relu_inplace "
     "threshold_inplace apart"
@@ -20,6 +22,8 @@ KINDS = (
 
 places = st.integers(0, POOL - 1)
 programs = st.lists(st.tuples(st.sampled_from(KINDS), places, places), max_size=14)
+# What was given before anybody wrote it is written more than once.
+WRITTEN_AGAIN = [("empty", 0, 0), ("add_", 0, 0), ("add_", 0, 0)]
 
 
 def unwritten():
@@ -103,8 +107,9 @@ def recorded(folder, program, *, has_gradients, level, hooks="mode"):
     model = torch.nn.Sequential(Program(program))
     recorder.attach(model)
     functions = torch.Tensor.add, torch.add, torch.empty
-    for number in range(STEPS):
-        recorder.begin_step(number)
+    for number, rows in enumerate(ROWS):
+        layout = StepLayout(rows, rows, (RequestRows(0, 0, rows, 0, 3),))
+        recorder.begin_step(number, layout_source=lambda _rows, found=layout: found)
         with recorder.recording, torch.inference_mode():
             model(torch.arange(4.0) + number)
         recorder.end_step()
@@ -131,6 +136,7 @@ def leaf(value):
 @pytest.mark.parametrize("level", ["L1", "mix"])
 @settings(max_examples=25, deadline=None)
 @given(program=programs)
+@example(program=WRITTEN_AGAIN)
 def test_noted_calls_are_recorded_as_those_read_at_once(
     tmp_path_factory, level, program
 ):
