@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
-from pytest_msprobe.debugger.measure import PLAIN_TYPES
 
 NAMESPACES: tuple[Any, ...] = (
     torch,
@@ -57,7 +56,8 @@ def _marked(positions: tuple[int, ...], names: tuple[str, ...]) -> _Written:
 
     def written(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         found = [args[i] for i in positions if i < len(args)]
-        found += [kwargs[name] for name in names if name in kwargs]
+        if kwargs:
+            found += [kwargs[name] for name in names if name in kwargs]
         return found
 
     return written
@@ -154,12 +154,11 @@ class WriteBarriers:
         @functools.wraps(original)
         def barrier(*args: Any, **kwargs: Any) -> Any:
             if collector.is_recording and identify() == collector.thread:
-                for value in written(args, kwargs):
-                    if type(value) in PLAIN_TYPES:
-                        collector.before_write(value)
-                    elif value is not None:
-                        for tensor in _tensors([value]):
-                            collector.before_write(tensor)
+                try:
+                    for tensor in _tensors(written(args, kwargs)):
+                        collector.before_write(tensor)
+                except Exception as error:  # noqa: BLE001 - never into the model
+                    collector.fail(error)
             return original(*args, **kwargs)
 
         @functools.wraps(original)
@@ -172,12 +171,16 @@ class WriteBarriers:
         self._replacements.put(owner, name, replacement)
 
 
-def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    if all(type(value) is torch.Tensor for value in values):
+        return values
+    found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(list(value))
+            found += _tensors(list(value))
+    return found
 
 
 @functools.cache

@@ -81,10 +81,10 @@ class TokenLog:
             table: Requests of this capture.
         """
         if isinstance(ids, torch.Tensor):
-            self._own = ids.detach().clone()
+            self._own = self._sampled = ids.detach().clone()
             if self.followed:
                 self._feed(ids, table)
-            self._sampled = ids.detach().clone()
+                self._sampled = ids.detach().clone()
 
     def _feed(self, ids: torch.Tensor, table: RequestTable) -> None:
         """Writes the followed tokens over the sampled ones, in place."""
@@ -110,7 +110,7 @@ class TokenLog:
             return
         ids = self._sampled.reshape(len(self._sampled), -1)[:, :1].to(torch.int64)
         own = ids
-        if self._own is not None:
+        if self._own is not None and self._own is not self._sampled:
             own = self._own.reshape(len(self._own), -1)[:, :1].to(torch.int64)
         if len(ids) != len(self._samples):
             return
