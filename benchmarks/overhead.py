@@ -6,9 +6,11 @@
 
 Every tool has a process and an engine of its own; they take turns, so that a slow spell
 of the machine hits all of them. Figures are medians over the rounds, and ratios to the
-engine that has no tool installed. Writing files happens when a capture ends and is not
-in them, for msProbe as little as it allows: it writes while the model runs. Rows, rows
-measured and bytes of the dump are those of a step.
+engine that has no tool installed. A golden's default capture records L0 of a prefill
+and two decode steps: of the decode steps timed, only these. Writing files happens when
+a capture ends and is not in the figures, for msProbe as little as it allows: it writes
+while the model runs. Rows, rows measured and bytes of the dump are those of a recorded
+step.
 With --msprobe, the real tool (mindstudio-probe, in the site-packages given) runs as
 well, put around execute_model as its guide for vLLM says: its guide does so with the
 class of model runner V1, here it is done with that of V2 as well.
@@ -37,7 +39,9 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "MSPROBE_LOG_LEVEL": "4",
 }
+GOLDEN = "golden's default"
 OURS = {
+    GOLDEN: {"level": "L0"},
     "L0": {"level": "L0"},
     "L0, each tensor at once": {"level": "L0", "pending_bytes": 0},
     "L0, md5": {"level": "L0", "summary_mode": "md5"},
@@ -166,12 +170,14 @@ def measure_ours(llm, variant, *what):
     import dataclasses
 
     from pytest_msprobe.config.debugger_config import DebuggerConfig
+    from pytest_msprobe.config.settings import ALL_STEPS, DEFAULT_DECODE_STEPS
 
     if variant == "idle":
         return {"ms": milliseconds(llm, *what)}
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.asdict(DebuggerConfig(**OURS[variant]))
-        control(llm, "start", config=config, folder=folder)
+        steps = DEFAULT_DECODE_STEPS if variant == GOLDEN else ALL_STEPS
+        control(llm, "start", config=config, folder=folder, decode_steps=steps)
         ms = milliseconds(llm, *what)
         start = time.perf_counter()
         reply = control(llm, "stop", test="overhead")

@@ -582,13 +582,21 @@ class Collector:
         return trace.counted_bytes > self._most_counted
 
     def _bytes_of(self, tensor: torch.Tensor) -> int:
-        """Bytes of a tensor that lasts no longer than it is held."""
+        """Bytes that a tensor holds and those noted before it do not.
+
+        What lasts longer than it is held counts nothing.
+        """
         size = tensor.numel() * tensor.element_size()
-        if size >= _LEAST_LASTING:
-            address = storage_address(tensor)
-            if address in self._constants or address in self._opaque:
-                return 0
-        return size
+        address = storage_address(tensor)
+        if size >= _LEAST_LASTING and (
+            address in self._constants or address in self._opaque
+        ):
+            return 0
+        held = self.trace.held.get(address, 0)
+        if size <= held:
+            return 0
+        self.trace.held[address] = size
+        return size - held
 
     def _may_last(self, values: Iterable[Any]) -> bool:
         """Whether values can be read later; types not met before are looked at.

@@ -252,6 +252,9 @@ class Measurer:
         # Storages that the next launch reads.
         self._unlaunched: set[int] = set()
         self.held_bytes = 0
+        # Of each storage, those of the largest tensor that is kept.
+        self._held: dict[int, int] = {}
+        self._held_keys: list[int] = []  # in `seen`, of those that were kept
         self._most_held = held_bytes
         self._is_once = is_once
         self._queues: dict[torch.device, DeviceQueue] = {}
@@ -357,8 +360,12 @@ class Measurer:
                 else:
                     keys.append(key)
             seen[key] = (tensor, measured, storage)
-            if known is None or isinstance(known[0], KeyedRef):
-                self.held_bytes += plan.elements * plan.size
+            self._held_keys.append(key)
+            size = plan.elements * plan.size
+            held = self._held.get(storage, 0)
+            if size > held:
+                self._held[storage] = size
+                self.held_bytes += size - held
                 if self.held_bytes > self._most_held:
                     self._let_go()
         return result
@@ -367,13 +374,22 @@ class Measurer:
         """Measures what is held, and holds it no longer."""
         self.launch()
         seen = self.seen
-        for key, (tensor, measured, storage) in list(seen.items()):
+        for key in self._held_keys:
+            known = seen.get(key)
+            if known is None:
+                continue
+            tensor, measured, storage = known
             if isinstance(tensor, KeyedRef):
                 continue
             if self._is_once:
                 seen[key] = (KeyedRef(tensor, self._drop, key), measured, storage)
             else:
                 del seen[key]
+        self._forget_held()
+
+    def _forget_held(self) -> None:
+        self._held.clear()
+        self._held_keys.clear()
         self.held_bytes = 0
 
     def _drop(self, reference: KeyedRef[int, torch.Tensor]) -> None:
@@ -429,7 +445,7 @@ class Measurer:
         if self.seen:
             self.seen.clear()
             self.seen_storages.clear()
-        self.held_bytes = 0
+        self._forget_held()
 
     def release(self, storage: int) -> None:
         """A storage is about to be written: its tensors are measured, and forgotten.
@@ -447,8 +463,7 @@ class Measurer:
             if known is None or known[2] != storage:
                 continue  # it has ended, and another one may have its id
             del self.seen[key]
-            if not isinstance(known[0], KeyedRef):
-                self.held_bytes -= known[1].plan.elements * known[1].plan.size
+        self.held_bytes -= self._held.pop(storage, 0)
 
     def _measure_placed(
         self,

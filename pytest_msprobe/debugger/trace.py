@@ -311,7 +311,8 @@ class Trace:
         values: Of those calls.
         next_start: Next call that is expected to start: the one of the last step.
         counted: Tensors whose bytes were counted, by id.
-        counted_bytes: Of them all.
+        counted_bytes: Of them all; those that tensors share count once.
+        held: Of each storage, those of the largest tensor, by its first byte.
     """
 
     __slots__ = (
@@ -327,6 +328,7 @@ class Trace:
         "_started",
         "counted",
         "counted_bytes",
+        "held",
         "keys",
         "next_start",
         "sizes",
@@ -344,6 +346,7 @@ class Trace:
         self._copied_bytes = 0
         self.counted: set[int] = set()
         self.counted_bytes = 0
+        self.held: dict[int, int] = {}
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -369,6 +372,7 @@ class Trace:
             self._known = self._copied_bytes = 0
         if self.counted:
             self.counted, self.counted_bytes = set(), 0
+            self.held = {}
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -444,6 +448,7 @@ class Trace:
         del self._places[storage]
         if self.counted:
             self.counted -= copies.keys()
+            self.held.pop(storage, None)
         self.keys.append(Kept(tuple(places)))
         if len(copies) == 1:
             copy = copies[id(whole)]

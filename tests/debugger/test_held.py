@@ -53,6 +53,19 @@ def test_no_more_is_kept_than_may_be(measurer):
     assert all(id(tensor) in measurer.seen for tensor in tensors)
 
 
+def test_memory_that_tensors_share_is_kept_once(measurer):
+    """Parts of a tensor count no bytes beside it, and all end with a write."""
+    tensor = torch.ones(400)
+    for index, part in enumerate((tensor[:300], tensor, *tensor.split(100))):
+        measurer.measure(part, set(), index)
+        assert measurer.held_bytes == (1200, 1600)[index > 0]
+
+    measurer.release(tensor.data_ptr())
+
+    assert measurer.held_bytes == 0
+    assert not measurer.seen
+
+
 def test_a_write_forgets_no_tensor_elsewhere(measurer):
     """Where a tensor has ended, one that got its id is not mistaken for it."""
     tensor = torch.ones(100)
@@ -94,6 +107,28 @@ def test_what_is_noted_is_read_before_it_holds_too_much(monkeypatch):
     assert len(step.calls) == len([n for n in noted if n])
     assert 4 <= len(step.calls) <= 10
     assert max(noted) <= 6 * size
+
+
+def test_memory_that_tensors_share_is_noted_once():
+    """Parts of a tensor count no bytes beside it, and do not end what is noted."""
+    x = torch.ones(100, 64)
+    config = DebuggerConfig(level="L1", pending_bytes=3 * x.nbytes)
+    collector = Collector(config)
+    site = CallSite("split.", "", is_module=False)
+    point = FunctionPoint(site, Entry(Action.RECORD, site))
+    collector.begin_step(0)
+    collector.resume()
+
+    for count in range(1, 8):
+        collector.note_start(point, (x,), {})
+        collector.note_end(point, x.split(16, dim=1))
+        assert len(collector.trace.sizes) == 2 * count
+        assert collector.trace.counted_bytes == x.nbytes
+    collector.note_start(point, (torch.ones(200, 64),), {})
+
+    assert not collector.trace.sizes
+    collector.end_step()
+    collector.raise_error()
 
 
 class Weight(torch.nn.Parameter):
