@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pytest_msprobe.compat import vllm_version
+from pytest_msprobe.config.settings import ALL_STEPS
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.engine.experts import add_choices, remove_choices
 from pytest_msprobe.engine.kv_cache import add_readers, remove_readers
@@ -26,7 +27,6 @@ from pytest_msprobe.engine.tokens import TokenLog
 from pytest_msprobe.errors import EngineError
 from pytest_msprobe.model.segments import StepLayout
 
-ALL_STEPS = -1
 _MISSING = object()
 
 

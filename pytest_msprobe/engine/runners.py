@@ -3,8 +3,9 @@
 
 from typing import Any
 
+from pytest_msprobe.config.settings import ALL_STEPS
 from pytest_msprobe.debugger.recorder import Recorder
-from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
+from pytest_msprobe.engine.attach import Attachment
 from pytest_msprobe.engine.runner_v1 import RunnerV1
 from pytest_msprobe.engine.runner_v2 import MODULE, RunnerV2
 

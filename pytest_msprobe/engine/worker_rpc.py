@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_msprobe.config.debugger_config import DebuggerConfig, config_from_json
+from pytest_msprobe.config.settings import ALL_STEPS
 from pytest_msprobe.debugger.assemble import assemble
 from pytest_msprobe.debugger.progress import Progress
 from pytest_msprobe.debugger.ranks import current_rank
 from pytest_msprobe.debugger.recorder import Recorder
 from pytest_msprobe.dump import capture
-from pytest_msprobe.engine.attach import ALL_STEPS, Attachment
+from pytest_msprobe.engine.attach import Attachment
 from pytest_msprobe.engine.environment import model_facts, numerics_key, provenance
 from pytest_msprobe.engine.faults import PROGRESS
 from pytest_msprobe.engine.plants import Planter
