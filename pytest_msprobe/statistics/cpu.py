@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from pytest_msprobe.compat import make_llvmlite_scannable
 from pytest_msprobe.model import records
+from pytest_msprobe.statistics import lanes
 from pytest_msprobe.statistics.checksum import word_factors
 from pytest_msprobe.statistics.reference import ReferenceBackend
 from pytest_msprobe.statistics.spec import Span, as_rows, collapse
@@ -45,12 +46,11 @@ KINDS = {
     torch.uint64: U64,
 }
 _SIZE = np.array([2, 2, 4, 8, 1, 1, 2, 4, 8, 2, 4, 8], dtype=np.int64)
-# Up to so many elements a span is measured without setting up 64 lanes.
-_SMALL = 512
 # From so many elements on a call lets other threads run.
 LARGE_ELEMENTS = 1 << 16
 SCRATCH_BYTES = 16384
-# Sums of a lane stay in float32 for this many blocks, then go into float64.
+# Sums of a lane stay in float32 for this many blocks, then go into float64; of the
+# sketch's, to each of which every eighth block adds, for 8 times as many.
 _FLUSH_BLOCKS = 16
 
 make_llvmlite_scannable()
@@ -146,13 +146,11 @@ def _block_checksum(address: Any, size: Any, rotation: Any) -> Any:
     total = uint64(0)
     if size == 2:
         row = _K2[int64(rotation >> uint32(1))]
-        for j in range(32):
-            total += uint64(words[j]) * row[j]
-    elif size == 4:
+        return lanes.sum_32_words(address, row.ctypes.data)
+    if size == 4:
         row = _K4[int64(rotation)]
-        for j in range(64):
-            total += uint64(words[j]) * row[j]
-    elif size == 8:
+        return lanes.sum_64_words(address, row.ctypes.data)
+    if size == 8:
         row = _K8[int64(rotation)]
         for j in range(128):
             total += uint64(words[j]) * row[j]
@@ -167,21 +165,9 @@ def _block_checksum(address: Any, size: Any, rotation: Any) -> Any:
 def _load_floats(address: Any, kind: Any, x: Any) -> None:
     """64 elements of a type of at most 32 bits as float32."""
     if kind == BF16:
-        half = numba.carray(_p_u16(address), (64,))
-        for c in range(64):
-            x[c] = _to_float(uint32(uint32(half[c]) << uint32(16)))
+        lanes.widen_bfloat16(address, x.ctypes.data)
     elif kind == F16:
-        half = numba.carray(_p_u16(address), (64,))
-        scale = _to_float(uint32(0x77800000))
-        for c in range(64):
-            h = uint32(half[c])
-            body = uint32(uint32(h & uint32(0x7FFF)) << uint32(13))
-            value = _to_float(body) * scale
-            special = _to_float(uint32(body | uint32(0x7F800000)))
-            is_special = uint32(h & uint32(0x7C00)) == uint32(0x7C00)
-            chosen = special if is_special else value
-            sign = uint32(uint32(h & uint32(0x8000)) << uint32(16))
-            x[c] = _to_float(uint32(_to_bits(chosen) | sign))
+        lanes.widen_float16(address, x.ctypes.data)
     else:
         wide = numba.carray(_p_f32(address), (64,))
         for c in range(64):
@@ -228,28 +214,21 @@ def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
     start, rows, columns, row_bytes, first_index, index_stride, kind = span
     size = _SIZE[kind]
     stage = numba.carray(_p_u8(scratch), (512,))
-    x = numba.carray(_p_f32(scratch + 512), (64,))
-    sums = numba.carray(_p_f32(scratch + 1024), (8, 64))
-    total = numba.carray(_p_f32(scratch + 3072), (64,))
-    squares = numba.carray(_p_f32(scratch + 3328), (64,))
-    high = numba.carray(_p_f32(scratch + 3584), (64,))
-    low = numba.carray(_p_f32(scratch + 3840), (64,))
-    poison = numba.carray(_p_f32(scratch + 4096), (64,))
-    wide_sums = numba.carray(_p_f64(scratch + 4352), (8, 64))
-    wide_total = numba.carray(_p_f64(scratch + 8448), (64,))
-    wide_squares = numba.carray(_p_f64(scratch + 8960), (64,))
+    at = scratch + 512
+    x = numba.carray(_p_f32(at), (64,))
+    sums_at, wide_at = scratch + 1024, scratch + 4352
+    plain_at, plain_wide_at = scratch + 3072, scratch + 8448
+    extremes_at = scratch + 3584
+    high = numba.carray(_p_f32(extremes_at), (64,))
+    low = numba.carray(_p_f32(extremes_at + 256), (64,))
+    sums = numba.carray(_p_f32(sums_at), (640,))  # 8 times 64, and two behind
+    wide = numba.carray(_p_f64(wide_at), (640,))
     sums[:] = 0
-    wide_sums[:] = 0
-    for c in range(64):
-        total[c] = 0
-        squares[c] = 0
-        wide_total[c] = 0
-        wide_squares[c] = 0
-        high[c] = -np.inf
-        low[c] = np.inf
-        poison[c] = 0
+    high[:] = -np.inf
+    low[:] = np.inf
+    is_wide = False
     checksum = uint64(0)
-    pending = 0
+    pending, signed_pending = 0, 0
     for r in range(rows):
         source = start + r * row_bytes
         index = first_index + r * index_stride
@@ -268,134 +247,53 @@ def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
             if careful:
                 _sanitize(x, lane, lane + count, out)
             elif count == 64:
-                for c in range(64):
-                    v = x[c]
-                    high[c] = max(high[c], v)
-                    low[c] = min(low[c], v)
-                    poison[c] += v - v
+                lanes.add_extremes(at, extremes_at)
             else:
                 for c in range(lane, lane + count):
-                    v = x[c]
-                    high[c] = max(high[c], v)
-                    low[c] = min(low[c], v)
-                    poison[c] += v - v
-            for c in range(64):
-                total[c] += x[c]
-                squares[c] += x[c] * x[c]
-            signs = _mix(uint32(base + uint32(0x9E3779B9)))
-            group = int64(rotation >> uint32(3))
+                    high[c] = max(high[c], x[c])
+                    low[c] = min(low[c], x[c])
+            lanes.add_sums(at, plain_at)
+            first = _mix(uint32(base + uint32(0x9E3779B9)))
+            second = _mix(uint32(base + uint32(0x3C6EF372)))
+            lanes.give_signs(at, int64(first), int64(second))
             inner = int64(rotation & uint32(7))
-            for j in range(8):
-                if j == 4:
-                    signs = _mix(uint32(base + uint32(0x3C6EF372)))
-                target = (j ^ group) * 8
-                for c in range(8):
-                    shift = uint32((j & 3) * 8 + c)
-                    flip = uint32(uint32(~uint32(signs >> shift)) << uint32(31))
-                    signed = _to_float(uint32(_to_bits(x[j * 8 + c]) ^ flip))
-                    sums[inner, target + c] += signed
+            lanes.add_groups(at, sums_at + inner * 256, int64(rotation >> uint32(3)))
             pending += 1
             if pending == _FLUSH_BLOCKS:
                 pending = 0
-                for c in range(64):
-                    wide_total[c] += total[c]
-                    wide_squares[c] += squares[c]
-                    total[c] = 0
-                    squares[c] = 0
-                for k in range(8):
-                    for c in range(64):
-                        wide_sums[k, c] += sums[k, c]
-                        sums[k, c] = 0
-            done += count
-    if not careful:
-        for c in range(64):
-            if poison[c] != poison[c]:
-                return False
-        for c in range(64):
-            out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high[c]))
-            out[records.MINIMUM] = min(out[records.MINIMUM], float64(low[c]))
-    for c in range(64):
-        out[records.TOTAL] += wide_total[c] + total[c]
-        out[records.SQUARES] += wide_squares[c] + squares[c]
-        for k in range(8):
-            out[records.SKETCH + (c ^ k)] += wide_sums[k, c] + sums[k, c]
-    out.view(np.uint64)[records.CHECKSUM] += checksum
-    return True
-
-
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _small_float_span(span: Any, out: Any, scratch: Any) -> Any:
-    """As `_float_span`, for a few blocks: no lanes to set up and to add at the end."""
-    start, rows, columns, row_bytes, first_index, index_stride, kind = span
-    size = _SIZE[kind]
-    stage = numba.carray(_p_u8(scratch), (512,))
-    x = numba.carray(_p_f32(scratch + 512), (64,))
-    sums = numba.carray(_p_f64(scratch + 4352), (64,))
-    for c in range(64):
-        sums[c] = 0
-    total = numba.carray(_p_f64(scratch + 1024), (8,))
-    squares = numba.carray(_p_f64(scratch + 1088), (8,))
-    high = numba.carray(_p_f32(scratch + 1152), (8,))
-    low = numba.carray(_p_f32(scratch + 1184), (8,))
-    for k in range(8):
-        total[k] = 0
-        squares[k] = 0
-        high[k] = -np.inf
-        low[k] = np.inf
-    checksum = uint64(0)
-    for r in range(rows):
-        source = start + r * row_bytes
-        index = first_index + r * index_stride
-        done = int64(0)
-        while done < columns:
-            lane = (index + done) & 63
-            count = min(64 - lane, columns - done)
-            address = source + done * size
-            if count < 64:
-                _stage(address, count * size, lane * size, stage)
-                address = stage.ctypes.data
-            _load_floats(address, kind, x)
-            base = _base(uint64((index + done) >> 6))
-            rotation = uint32(base >> uint32(26))
-            checksum += _block_checksum(address, size, rotation) * _block_factor(base)
-            if count == 64:
-                for c in range(0, 64, 8):
+                if not is_wide:
+                    is_wide = True
+                    wide[:] = 0
+                lanes.flush(plain_at, plain_wide_at)
+                lanes.flush(plain_at + 256, plain_wide_at + 512)
+                signed_pending += 1
+                if signed_pending == 8:
+                    signed_pending = 0
                     for k in range(8):
-                        v = x[c + k]
-                        high[k] = max(high[k], v)
-                        low[k] = min(low[k], v)
-            else:
-                for c in range(lane, lane + count):
-                    high[0] = max(high[0], x[c])
-                    low[0] = min(low[0], x[c])
-            for c in range(0, 64, 8):
-                for k in range(8):
-                    v = x[c + k]
-                    total[k] += v
-                    squares[k] += v * v
-            first = _mix(uint32(base + uint32(0x9E3779B9)))
-            second = _mix(uint32(base + uint32(0x3C6EF372)))
-            for c in range(64):
-                signs = first if c < 32 else second
-                shift = uint32(c & 31)
-                flip = uint32(uint32(~uint32(signs >> shift)) << uint32(31))
-                x[c] = _to_float(uint32(_to_bits(x[c]) ^ flip))
-            turn = int64(rotation)
-            for c in range(64):
-                sums[c] += x[c ^ turn]
+                        lanes.flush(sums_at + k * 256, wide_at + k * 512)
             done += count
-    for k in range(1, 8):
-        total[0] += total[k]
-        squares[0] += squares[k]
-    if not (total[0] - total[0] == 0 and squares[0] - squares[0] == 0):
-        return False
-    for k in range(8):
-        out[records.MAXIMUM] = max(out[records.MAXIMUM], float64(high[k]))
-        out[records.MINIMUM] = min(out[records.MINIMUM], float64(low[k]))
-    out[records.TOTAL] += total[0]
-    out[records.SQUARES] += squares[0]
-    for c in range(64):
-        out[records.SKETCH + c] += sums[c]
+    if is_wide:
+        for k in range(10):
+            lanes.flush(sums_at + k * 256, wide_at + k * 512)
+        total = lanes.sum_wide_lanes(plain_wide_at)
+        squares = lanes.sum_wide_lanes(plain_wide_at + 512)
+    else:
+        total = lanes.sum_lanes(plain_at)
+        squares = lanes.sum_lanes(plain_at + 256)
+    if not careful:
+        if not squares < np.inf:
+            return False
+        largest = lanes.maximum(extremes_at)
+        smallest = lanes.minimum(extremes_at + 256)
+        out[records.MAXIMUM] = max(out[records.MAXIMUM], largest)
+        out[records.MINIMUM] = min(out[records.MINIMUM], smallest)
+    out[records.TOTAL] += total
+    out[records.SQUARES] += squares
+    sketch_at = out.ctypes.data + 8 * records.SKETCH
+    if is_wide:
+        lanes.fold_wide(wide_at, sketch_at)
+    else:
+        lanes.fold(sums_at, sketch_at)
     out.view(np.uint64)[records.CHECKSUM] += checksum
     return True
 
@@ -537,11 +435,7 @@ def _measure(
                 out[records.MAXIMUM] = -np.inf
                 out[records.MINIMUM] = np.inf
         if kind < F64:
-            if elements <= _SMALL:
-                done = _small_float_span(span, out, scratch)
-            else:
-                done = _float_span(span, out, scratch, 0)
-            if not done:
+            if not _float_span(span, out, scratch, 0):
                 _float_span(span, out, scratch, 1)
         elif kind == F64:
             _double_span(span, out, scratch)
