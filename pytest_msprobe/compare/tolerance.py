@@ -120,6 +120,7 @@ class ResolvedLimits:
         moved_logprob: The same for tokens computed under another scheduling.
         rerouted_logprob: The same for tokens behind another choice of a router.
         unmatched: Rules whose glob matches none of the rows.
+        element: (n,) what an element may be off by default: that of `rel_l2`.
     """
 
     limits: dict[str, npt.NDArray[np.float64]]
@@ -133,6 +134,7 @@ class ResolvedLimits:
     moved_logprob: float
     rerouted_logprob: float
     unmatched: list[Rule]
+    element: npt.NDArray[np.float64]
 
     def origin(self, metric: str, row: int) -> str:
         """Origin of the limit of one row and metric."""
@@ -147,7 +149,8 @@ def least_limits(limits: ResolvedLimits, metric: str, rows: _I64, count: _F64) -
     """Limits of some rows, tensors of few elements considered.
 
     Norms, means and extremes of a few elements are hardly averages: by default they
-    may be off by what an element may, rel_l2 / sqrt(elements), at least.
+    may be off by what an element may, rel_l2 / sqrt(elements), at least. A rule that
+    allows a row less of rel_l2 allows an element less; one that allows more does not.
 
     Args:
         limits: Of all rows.
@@ -160,8 +163,8 @@ def least_limits(limits: ResolvedLimits, metric: str, rows: _I64, count: _F64) -
     """
     rule: _F64 = limits.limits[metric][rows]
     is_default = limits.origins[metric][rows] == 0
-    is_default &= limits.origins["rel_l2"][rows] == 0
-    least = limits.limits["rel_l2"][rows] / np.sqrt(np.maximum(count, 1.0))
+    element = np.minimum(limits.limits["rel_l2"], limits.element)[rows]
+    least = element / np.sqrt(np.maximum(count, 1.0))
     return np.where(is_default, np.maximum(rule, least), rule)
 
 
@@ -198,6 +201,7 @@ def resolve_limits(
         moved_defaults["logprob"],
         REROUTED_LOGPROB,
         [],
+        np.where(is_moved, moved_defaults["rel_l2"], defaults["rel_l2"]),
     )
     only: npt.NDArray[np.bool_] | None = None
     for rule in rules:

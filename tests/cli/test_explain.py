@@ -163,7 +163,7 @@ def test_few_elements_widen_the_defaults(tmp_path, monkeypatch, capsys):
     assert lines.count(widened) == 1
     assert lines[lines.index(widened) - 1].startswith("default: rel_l2 0.05")
     assert widened not in explained('{rows: "*", max: 0.5}', "output.1@0.prompt")
-    assert widened not in explained('{rows: "*", rel_l2: 0.05}', "output.0@0.prompt")
+    assert widened not in explained('{rows: "*", rel_l2: 0.01}', "output.0@0.prompt")
     assert not any("errors are relative" in line for line in lines)
     gate = explained('{rows: "*", max: 0.5}', "output.0@0.g1")
     relative = "of 1 element: errors are relative to 0.895545"

@@ -340,6 +340,18 @@ def test_few_elements_are_no_average(size):
     assert (verdict.status, verdict.worst[0].rule) == ("fail", "own")
 
 
+def test_a_wider_rel_l2_leaves_few_elements_their_other_limits():
+    """A rule that allows more of rel_l2 narrows no limit; one that allows less does."""
+    x = np.array([[1.0, -1.0, 2.0, -1.5, 0.6]])
+    y = x + 0.018 * np.linalg.norm(x) / np.sqrt(x.size)  # the mean is off by 0.018
+
+    wide = [Rule("wide", limits={"rel_l2": 0.2})]
+    assert across_keys(x, y).is_green
+    assert across_keys(x, y, wide).is_green
+    verdict = across_keys(x, y, [Rule("narrow", limits={"rel_l2": 0.02})])
+    assert [f.metric for f in verdict.worst] == ["mean"]
+
+
 def gate(key, change, columns=1):
     """A gate of few columns over a prompt and a token for which it is near 0."""
     rng = np.random.default_rng(2)
