@@ -25,7 +25,7 @@ import torch
 
 from pytest_msprobe.model.records import ROW_WIDTH
 from pytest_msprobe.statistics.select import select_backend
-from pytest_msprobe.statistics.spec import whole
+from pytest_msprobe.statistics.spec import as_rows, whole
 
 BYTES = 256 * 2**20
 RUNS = 7
@@ -57,8 +57,9 @@ def on_gpu(size: int) -> dict[str, float]:
     ]
     target, out = torch.empty_like(inputs[0]), torch.empty((1, ROW_WIDTH)).double()
     out = out.cuda()
-    elements = size // 2
-    spans = cuda.prepare(torch.bfloat16, [whole(inputs[0].shape)], elements, 2)
+    layout = as_rows(inputs[0].shape, inputs[0].stride())
+    assert layout is not None
+    spans = cuda.prepare(torch.bfloat16, [whole(inputs[0].shape)], layout[1], 2)
     ((_, others, _),) = spans.shared
     launcher = cuda.launcher(torch.device("cuda", 0))
     pending = cuda.Pending(launcher, torch.bfloat16)

@@ -47,7 +47,7 @@ _ALONE_TILES = 8
 _PART_TILES = 5
 MOST_PARTS = 264
 # From so many programs on the table is copied to the GPU first.
-_COPIED_PROGRAMS = 2000
+_COPIED_PROGRAMS = 128
 # Rows of programs that are added up together.
 _GROUP = 32
 # Partial rows that a launch may leave, and numbers of each.
