@@ -5,19 +5,29 @@ For the time of a capture every layer with a router has one more module, `choice
 is called once the router has chosen and returns the experts of each token. Across
 numerics keys a token may be routed to others; what follows is another computation,
 and judging has to know where it began.
+
+Some kernels are given the router's logits and choose themselves, and the router is
+never asked: those of vLLM 0.27's CPU backend do so, and some for quantized
+weights still do. They call a function in Python, which is met while the layer runs.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
+from pytest_msprobe.debugger.writes import Replacements
 
 NAME = "choice"
 # Methods that choose. The first one gives the experts as the checkpoint numbers them,
 # the second one as they lie in memory, where experts are moved between devices.
 _METHODS = ("_compute_routing", "select_experts")
+# The function of kernels that choose themselves, in vLLM's modules.
+_FUNCTION = "select_experts"
+_PACKAGE = "vllm."
 
 
 class ExpertChoice(torch.nn.Module):
@@ -52,6 +62,7 @@ def add_choices(
     """
     layers = []
     hooked: set[int] = set()
+    places = _places()
     for module in list(model.modules()):
         router = getattr(module, "router", None)
         method = next((n for n in _METHODS if callable(getattr(router, n, None))), None)
@@ -61,6 +72,7 @@ def add_choices(
         choice = ExpertChoice()
         module.add_module(NAME, choice)
         replace(router, method, _telling(choice, collector))
+        replace(module, "forward", _listening(choice, collector, places))
         layers.append(module)
     return layers
 
@@ -72,10 +84,42 @@ def remove_choices(layers: list[torch.nn.Module]) -> None:
     layers.clear()
 
 
+def _places() -> list[ModuleType]:
+    """Modules by which a kernel may call the function that chooses."""
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(_PACKAGE) and callable(vars(module).get(_FUNCTION))
+    ]
+
+
+def _listening(
+    choice: ExpertChoice, collector: Collector, places: Sequence[ModuleType]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A hook for a layer's forward: what chooses inside it tells that layer."""
+    telling = _telling(choice, collector)
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not collector.is_recording:
+                return original(*args, **kwargs)
+            replaced = Replacements()
+            try:
+                for place in places:
+                    replaced.put(place, _FUNCTION, telling(getattr(place, _FUNCTION)))
+                return original(*args, **kwargs)
+            finally:
+                replaced.remove()
+
+        return forward
+
+    return hook
+
+
 def _telling(
     choice: ExpertChoice, collector: Collector
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A hook for a method that returns weights and ids of the experts."""
+    """A hook for what returns weights and ids of the experts."""
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def choose(*args: Any, **kwargs: Any) -> Any:

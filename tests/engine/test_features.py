@@ -142,21 +142,17 @@ def test_mixture_of_experts(demo_model, tmp_path):
 def capture_rerouted(llm, folder):
     """A capture, and one in which a router of layer 2 chooses other experts."""
     golden = tools.capture(llm, folder)
-    owner = next(
-        module
-        for path, module in tools.model_of(llm).named_modules()
-        if path.startswith("model.layers.2.") and hasattr(module, "router")
-    )
-    original = owner.router._compute_routing
+    layer = tools.model_of(llm).model.layers[2].mlp.experts
 
-    def other(*args, **kwargs):
-        weights, ids = original(*args, **kwargs)
-        return weights, ((ids + 1) % 4).to(ids.dtype)
+    def shifted(original, hidden_states, router_logits, *args, **kwargs):
+        # Behind the layer's inputs, before any way of choosing that a vLLM has.
+        other = router_logits.roll(1, dims=-1)
+        return original(hidden_states, other, *args, **kwargs)
 
-    with tools.changed_attribute(owner.router, "_compute_routing", other):
+    with tools.wrapped_forward(layer, shifted):
         rerouted = tools.capture(llm, folder)
-    assert "choice" not in dict(owner.named_children())
-    assert owner.router._compute_routing.__func__ is original.__func__
+    assert "choice" not in dict(layer.named_children())
+    assert "forward" not in vars(layer)
     return golden, rerouted
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which experts routers chose: the hooks, on routers of several kinds. No engine."""
 
+import sys
 import types
 
 import pytest
@@ -66,6 +67,48 @@ def test_choices_are_told_in_order(method):
     assert found[0].choice.ids is None
     remove_choices(found)
     assert not list(model.get_submodule("0").named_children())
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A module of vLLM's with the function by which kernels choose."""
+    module = types.ModuleType("vllm.kernels_of_a_test")
+    module.select_experts = lambda *_args, **_kwargs: CHOSEN
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_kernels_that_choose_themselves_are_met(kernels):
+    """Where a kernel does not ask the router, the layer that ran it tells."""
+    model = layers(router("_compute_routing"), router("_compute_routing"))
+    for layer in model.children():
+        layer.forward = lambda: kernels.select_experts()
+    found = add_choices(model, Collector(), replace)
+    first, second = (chosen(layer) for layer in found)
+    original = kernels.select_experts
+
+    found[1]()
+
+    assert first == []
+    assert torch.equal(second[0], torch.tensor([[1, 3], [0, 2]], dtype=torch.int32))
+    assert kernels.select_experts is original
+
+
+def test_a_layer_that_fails_leaves_the_function_as_it_was(kernels):
+    """The function is put back also when the layer raises."""
+
+    def fail():
+        raise ValueError
+
+    model = layers(router("select_experts"))
+    model.get_submodule("0").forward = fail
+    (layer,) = add_choices(model, Collector(), replace)
+    original = kernels.select_experts
+
+    with pytest.raises(ValueError, match=r"^$"):
+        layer()
+
+    assert kernels.select_experts is original
 
 
 def test_a_shared_router_tells_once():
