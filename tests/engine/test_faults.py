@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -414,20 +415,33 @@ def assert_complete_up_to_the_kill(done, folder):
     assert not list(folder.glob("capture*.jsonl"))
 
 
-@pytest.mark.parametrize("is_core_alone", ["0", "1"])
-def test_a_killed_worker(pytester, tokens, is_core_alone):
-    """A killed rank is named with its last call, wherever the engine's core runs."""
-    done = run(
-        pytester,
+@pytest.fixture(scope="module", params=["0", "1"])
+def parallel(request, tmp_path_factory, tokens):
+    """A run with tensor-parallel workers: one is killed, in the end comes Ctrl-C.
+
+    With 1 the engine's core has a process of its own.
+    """
+    place = SimpleNamespace(path=tmp_path_factory.mktemp("parallel"))
+    tests = KILLED.replace("{title}", "VLLM::Worker_TP1") + INTERRUPT_ALL
+    place.done = run(
+        place,
         "tokens[:0] + tokens",  # sums are split over ranks: only the count is known
-        KILLED.replace("{title}", "VLLM::Worker_TP1"),
+        tests,
         more="tensor_parallel_size: 2",
-        VLLM_ENABLE_V1_MULTIPROCESSING=is_core_alone,
+        is_group=True,
+        VLLM_ENABLE_V1_MULTIPROCESSING=request.param,
         VLLM_CPU_OMP_THREADS_BIND="0|1",
     )
+    return place
 
+
+def test_a_killed_worker(parallel):
+    """A killed rank is named with its last call, wherever the engine's core runs."""
+    done = parallel.done
+
+    found = outcomes(done)
     expected = {"test_killed": "FAILED", "test_after_killed": "PASSED"}
-    assert outcomes(done) == expected, done.stdout[-6000:]
+    assert {name: found.get(name) for name in expected} == expected, done.stdout[-6000:]
     notes = re.findall(r"msprobe: .*", done.stdout)
     died = r"msprobe: rank 1 \(process \d+\) died in step \d+, (last call \w+\.|before)"
     assert any(re.match(died, note) for note in notes), notes
@@ -435,7 +449,45 @@ def test_a_killed_worker(pytester, tokens, is_core_alone):
         r"^FAILED test_it\.py::test_killed - [\w.]+: .* \(rank 1 \(process \d+\) died"
     )
     assert re.search(summary, done.stdout, re.MULTILINE), done.stdout[-3000:]
-    assert_complete_up_to_the_kill(done, capture_folder(pytester, "test_killed"))
+    assert_complete_up_to_the_kill(done, capture_folder(parallel, "test_killed"))
+
+
+def test_interrupt_of_tensor_parallel_workers(parallel):
+    """Ctrl-C, which every worker gets, ends all; each rank's steps are readable."""
+    done = parallel.done
+
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout[-3000:]
+    assert "KeyboardInterrupt" in done.stdout
+    assert "Traceback" not in done.stderr
+    interrupted = done.stdout[done.stdout.index("KeyboardInterrupt") :]
+    stood = r"msprobe: rank (\d) \(process \d+\) (?:is alive|died) in step \d+"
+    assert sorted(re.findall(stood, interrupted)) == ["0", "1"], interrupted
+    folder = capture_folder(parallel, "test_interrupted")
+    found = steps_by_rank(folder)
+    assert list(found) == ["rank0", "rank1"]
+    for steps in found.values():
+        assert steps == list(range(len(steps)))
+        assert 5 <= len(steps) < 100
+    # A step that only one rank has ended is no step of both.
+    fewest, most = sorted(len(steps) for steps in found.values())
+    assert most - fewest <= 1
+    assert not list(parallel.path.rglob("*.tmp"))
+    assert not list(folder.glob("capture*.jsonl"))
+    assert not list((parallel.path / "golden").rglob("test_interrupted"))
+
+
+def steps_by_rank(folder):
+    """Numbers of the steps that each rank has completed; each holds all its calls."""
+    found, calls = {}, {}
+    for number, step in steps_of(folder).items():
+        for name, rank in ranks_of(step).items():
+            files = [json.loads(path.read_text()) for path in rank.glob("*.json")]
+            assert len(files) == 3
+            dump = json.loads((rank / "dump.json").read_text())
+            assert list(dump["data"]) == calls.setdefault(name, list(dump["data"]))
+            found.setdefault(name, []).append(number)
+    assert all(len(names) > 50 for names in calls.values())
+    return dict(sorted(found.items()))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
