@@ -4,8 +4,9 @@
 """What the CPU kernel does with the 64 elements of a block, as vectors of LLVM.
 
 Loops over memory that may overlap are compiled with checks, or not into vectors at all;
-here a block is one value, which LLVM cuts into registers. All functions
-are for kernels of numba and take addresses; memory needs no alignment.
+here a block is one value, which LLVM cuts into registers. All functions are for kernels
+of numba and take addresses; memory needs no alignment. Numba keeps compiled kernels by
+the file they stand in: after a change here `touch` cpu.py.
 """
 
 from collections.abc import Callable
