@@ -37,7 +37,11 @@ from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.measure import Measured, with_role
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.debugger.trace import marks_of
-from pytest_msprobe.debugger.writes import is_in_place, marked_arguments
+from pytest_msprobe.debugger.writes import (
+    Replacements,
+    is_in_place,
+    marked_arguments,
+)
 from pytest_msprobe.errors import ConfigError
 from pytest_msprobe.model.calls import Role, TensorValue, Tree
 
@@ -981,7 +985,7 @@ class WrappedFunctions:
     def __init__(self, collector: Collector, table: FunctionTable) -> None:
         self._collector = collector
         self._table = table
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._replacements = Replacements()
 
     def install(self) -> None:
         """Replaces the functions in their modules."""
@@ -989,15 +993,11 @@ class WrappedFunctions:
             path, _, name = dotted.rpartition(".")
             place = _resolve(owner, path) if path else owner
             original = getattr(place, name)
-            self._replace(place, name, self._wrap(original, entry))
+            self._replacements.put(place, name, self._wrap(original, entry))
         for place in (torch.autograd, torch.autograd.graph):
             original = getattr(place, _ENGINE, None)
             if original is not None:
-                self._replace(place, _ENGINE, self._with_mode(original))
-
-    def _replace(self, place: Any, name: str, function: Callable[..., Any]) -> None:
-        self._originals.append((place, name, getattr(place, name)))
-        setattr(place, name, function)
+                self._replacements.put(place, _ENGINE, self._with_mode(original))
 
     def _with_mode(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Autograd's engine, running what a backward calls under the mode.
@@ -1018,9 +1018,7 @@ class WrappedFunctions:
 
     def remove(self) -> None:
         """Puts the originals back."""
-        for place, name, original in reversed(self._originals):
-            setattr(place, name, original)
-        self._originals.clear()
+        self._replacements.remove()
 
     def _wrap(self, original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
         collector = self._collector
