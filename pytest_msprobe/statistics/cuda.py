@@ -988,8 +988,10 @@ class Pending:
         """
         self._launcher, self._dtype = start, dtype
         size = 2 * _HALF * _ENTRY_BYTES
-        table = torch.empty(size, dtype=torch.uint8, pin_memory=start.is_gpu)
-        self._pinned, self._copy = table, torch.empty_like(table, device=start.device)
+        with torch.inference_mode(mode=False):  # it is written outside as well
+            table = torch.empty(size, dtype=torch.uint8, pin_memory=start.is_gpu)
+            copy = torch.empty_like(table, device=start.device)
+        self._pinned, self._copy = table, copy
         self._table = memoryview(table.numpy())  # type: ignore[arg-type]
         self._entries = table.numpy().view(np.int64).reshape(-1, ENTRY_WIDTH)
         self._address, self._copy_address = table.data_ptr(), self._copy.data_ptr()

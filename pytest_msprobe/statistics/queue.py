@@ -73,13 +73,14 @@ class DeviceQueue:
         self._device = device
         self._is_cuda = device.type == "cuda"
         shape = (_ROWS, ROW_WIDTH)
-        self._buffers = [
-            _Buffer(
-                torch.empty(shape, dtype=torch.float64, device=device),
-                torch.empty(shape, dtype=torch.float64, pin_memory=self._is_cuda),
-            )
-            for _ in range(2)
-        ]
+        with torch.inference_mode(mode=False):  # they are written outside as well
+            self._buffers = [
+                _Buffer(
+                    torch.empty(shape, dtype=torch.float64, device=device),
+                    torch.empty(shape, dtype=torch.float64, pin_memory=self._is_cuda),
+                )
+                for _ in range(2)
+            ]
         self._current = 0
         self._out = 0
         # Memory that the rows of steps share, and the first row of the running one.

@@ -416,3 +416,26 @@ def test_queue_has_room_for_steps_of_any_size(monkeypatch):
         ReferenceBackend().measure(tensor, spans, rows)
         sums = home.view(np.uint64)[first : first + 6, CHECKSUM]
         assert sums.tolist() == rows.view(np.uint64)[:, CHECKSUM].tolist()
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA device here")
+def test_queue_serves_inside_and_outside_of_inference_mode(monkeypatch):
+    """Buffers that were made while a model ran are written when it no longer does."""
+    monkeypatch.setattr(cuda, "_COPIED_PROGRAMS", 1)
+    cuda.launcher.cache_clear()
+    tensor = on_device(make_tensor("float32", (70, 300), 5), DEVICE)
+    prepared = prepare(tensor.dtype, [whole(tensor.shape)], 300, 4)
+    assert prepared.shared
+    with torch.inference_mode():
+        queue = DeviceQueue(torch.device(DEVICE))
+        first = queue.add(tensor.data_ptr(), prepared)
+        queue.launch()
+    second = queue.add(tensor.data_ptr(), prepared)
+    queue.finish()
+    queue.settle()
+
+    rows = np.zeros((1, ROW_WIDTH))
+    ReferenceBackend().measure(tensor, [[whole(tensor.shape)]], rows)
+    wanted = rows.view(np.uint64)[0, CHECKSUM]
+    for home, row in (first, second):
+        assert home.view(np.uint64)[row, CHECKSUM] == wanted
