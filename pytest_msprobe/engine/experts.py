@@ -12,14 +12,18 @@ weights still do. They call a function in Python, which is met while the layer r
 """
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_msprobe.debugger.collector import Collector
 from pytest_msprobe.debugger.writes import Replacements
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 NAME = "choice"
 # Methods that choose. The first one gives the experts as the checkpoint numbers them,
@@ -31,10 +35,16 @@ _PACKAGE = "vllm."
 
 
 class ExpertChoice(torch.nn.Module):
-    """The experts of each token; compare/experts.py knows the class by its name."""
+    """The experts of each token; compare/experts.py knows the class by its name.
+
+    Attributes:
+        ids: (tokens, experts a token), integers: what was chosen just now.
+        handles: Hooks on the layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.handles: tuple[RemovableHandle, ...] = ()
         # Not as an argument: an input would be recorded, in the router's order.
         self.ids: torch.Tensor | None = None
 
@@ -72,7 +82,7 @@ def add_choices(
         choice = ExpertChoice()
         module.add_module(NAME, choice)
         replace(router, method, _telling(choice, collector))
-        replace(module, "forward", _listening(choice, collector, places))
+        _Listener(choice, collector, places).watch(module)
         layers.append(module)
     return layers
 
@@ -80,7 +90,10 @@ def add_choices(
 def remove_choices(layers: list[torch.nn.Module]) -> None:
     """Takes the modules off."""
     for layer in layers:
-        layer._modules.pop(NAME, None)  # noqa: SLF001 - there is no public way
+        choice = layer._modules.pop(NAME, None)  # noqa: SLF001 - there is no public way
+        if isinstance(choice, ExpertChoice):
+            for handle in choice.handles:
+                handle.remove()
     layers.clear()
 
 
@@ -93,27 +106,48 @@ def _places() -> list[ModuleType]:
     ]
 
 
-def _listening(
-    choice: ExpertChoice, collector: Collector, places: Sequence[ModuleType]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A hook for a layer's forward: what chooses inside it tells that layer."""
-    telling = _telling(choice, collector)
+class _Listener:
+    """While a layer runs, what its kernels call to choose tells that layer.
 
-    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not collector.is_recording:
-                return original(*args, **kwargs)
-            replaced = Replacements()
-            try:
-                for place in places:
-                    replaced.put(place, _FUNCTION, telling(getattr(place, _FUNCTION)))
-                return original(*args, **kwargs)
-            finally:
-                replaced.remove()
+    Nothing stays replaced between the calls of layers, so that captures of several
+    engines do not get between each other.
+    """
 
-        return forward
+    def __init__(
+        self, choice: ExpertChoice, collector: Collector, places: Sequence[ModuleType]
+    ) -> None:
+        self._choice = choice
+        self._collector = collector
+        self._places = places
+        # Of the layer's calls that run, what was replaced.
+        self._running: list[Replacements] = []
 
-    return hook
+    def watch(self, layer: torch.nn.Module) -> None:
+        """Puts hooks around the calls of a layer."""
+        self._choice.handles = (
+            layer.register_forward_pre_hook(self._before),
+            layer.register_forward_hook(self._after, always_call=True),
+        )
+
+    def _is_met(self) -> bool:
+        collector = self._collector
+        return collector.is_recording and threading.get_ident() == collector.thread
+
+    def _before(self, _layer: torch.nn.Module, _args: Any) -> None:
+        if not self._is_met():
+            return
+        replaced = Replacements()
+        self._running.append(replaced)
+        telling = _telling(self._choice, self._collector)
+        try:
+            for place in self._places:
+                replaced.put(place, _FUNCTION, telling(getattr(place, _FUNCTION)))
+        except Exception as error:  # noqa: BLE001 - never into the model
+            self._collector.fail(error)
+
+    def _after(self, _layer: torch.nn.Module, _args: Any, _result: Any) -> None:
+        if self._running and threading.get_ident() == self._collector.thread:
+            self._running.pop().remove()
 
 
 def _telling(

@@ -2,6 +2,7 @@
 """Which experts routers chose: the hooks, on routers of several kinds. No engine."""
 
 import sys
+import threading
 import types
 
 import pytest
@@ -18,6 +19,7 @@ class Collector:
 
     def __init__(self, *, is_recording=True):
         self.is_recording = is_recording
+        self.thread = threading.get_ident()
         self.error = None
 
     def fail(self, error):
@@ -109,6 +111,35 @@ def test_a_layer_that_fails_leaves_the_function_as_it_was(kernels):
         layer()
 
     assert kernels.select_experts is original
+
+
+def test_a_forward_that_others_put_on_a_layer_stays():
+    """What a test puts on a layer while a capture runs is there behind it."""
+    model = layers(router("select_experts"))
+    found = add_choices(model, Collector(), replace)
+    (layer,) = found
+
+    layer.forward = lambda: "own"
+    remove_choices(found)
+
+    assert layer() == "own"
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks
+
+
+def test_other_threads_are_let_pass(kernels):
+    """A layer that another thread runs tells nothing, and replaces nothing for good."""
+    model = layers(router("select_experts"))
+    (layer,) = add_choices(model, Collector(), replace)
+    layer.forward = lambda: seen.append(kernels.select_experts)
+    noted, seen, original = chosen(layer), [], kernels.select_experts
+
+    thread = threading.Thread(target=layer)
+    thread.start()
+    thread.join()
+
+    assert noted == []
+    assert seen == [original]
 
 
 def test_a_shared_router_tells_once():
