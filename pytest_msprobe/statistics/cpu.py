@@ -53,6 +53,9 @@ SCRATCH_BYTES = 16384
 # sketch's, to each of which every eighth block adds, for 8 times as many.
 _FLUSH_BLOCKS = 16
 
+# Numba keeps compiled kernels by this file alone: of lanes.py it has to know the hash.
+LANES_SHA256 = "71b8cb59"
+
 make_llvmlite_scannable()
 
 Table = npt.NDArray[np.int64]
@@ -259,7 +262,7 @@ def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
             inner = int64(rotation & uint32(7))
             lanes.add_groups(at, sums_at + inner * 256, int64(rotation >> uint32(3)))
             pending += 1
-            if pending == _FLUSH_BLOCKS:
+            if pending == _FLUSH_BLOCKS or careful:  # sums may be too large
                 pending = 0
                 if not is_wide:
                     is_wide = True
@@ -267,7 +270,7 @@ def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
                 lanes.flush(plain_at, plain_wide_at)
                 lanes.flush(plain_at + 256, plain_wide_at + 512)
                 signed_pending += 1
-                if signed_pending == 8:
+                if signed_pending == 8 or careful:
                     signed_pending = 0
                     for k in range(8):
                         lanes.flush(sums_at + k * 256, wide_at + k * 512)

@@ -6,7 +6,7 @@
 Loops over memory that may overlap are compiled with checks, or not into vectors at all;
 here a block is one value, which LLVM cuts into registers. All functions are for kernels
 of numba and take addresses; memory needs no alignment. Numba keeps compiled kernels by
-the file they stand in: after a change here `touch` cpu.py.
+the file they stand in, so after a change here the hash in cpu.py changes as well.
 """
 
 from collections.abc import Callable

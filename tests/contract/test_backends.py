@@ -316,6 +316,24 @@ def test_sum_of_squares_of_many_elements():
     assert numbers.total == pytest.approx(float(tensor.double().sum()), abs=1e-2)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="numba is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("value", [1e19, -3e38])
+@pytest.mark.parametrize("count", [200, 20_000])
+def test_sums_of_huge_elements_are_the_definitions(dtype, value, count):
+    """Sums that float32 could not hold are finite, also where products are not."""
+    tensor = torch.full((count,), value).to(getattr(torch, dtype))
+    parts = [[whole(tensor.shape)]]
+
+    (own,) = numbers_of(BACKENDS["cpu"], tensor, parts)
+    (exact,) = numbers_of(BACKENDS["reference"], tensor, parts)
+
+    assert own.total == pytest.approx(exact.total, rel=1e-9)
+    assert own.squares == pytest.approx(exact.squares, rel=1e-6)
+    assert own.sketch == pytest.approx(exact.sketch, rel=1e-6)
+    assert own.checksum == exact.checksum
+
+
 @each_backend
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (4, 0), (2, 3, 4, 5)])
 def test_any_shape(backend, shape):

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks as vectors, against numpy, in memory without alignment."""
 
+import hashlib
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pytest_msprobe.statistics import lanes
+from pytest_msprobe.statistics import cpu, lanes
 
 numbers = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
 floats = arrays.arrays(np.float32, 64, elements=numbers)
+# The first example waits for numba.
+compiles = settings(deadline=None)
 words = arrays.arrays(np.uint32, 64)
 
 
@@ -42,6 +47,13 @@ fold = compiled(lanes.fold, 2)
 fold_wide = compiled(lanes.fold_wide, 2)
 
 
+def test_numba_knows_which_vectors_its_kernels_were_compiled_with():
+    """A change of lanes.py changes cpu.py, by whose file compiled kernels are kept."""
+    content = Path(lanes.__file__).read_bytes()
+
+    assert hashlib.sha256(content).hexdigest()[:8] == cpu.LANES_SHA256
+
+
 def unaligned(values):
     """A copy of an array in memory of which the address is odd."""
     raw = np.zeros(values.nbytes + 1, dtype=np.uint8)
@@ -66,6 +78,7 @@ def test_all_16_bit_floats_are_widened_as_torch_does(dtype, widen):
         np.testing.assert_array_equal(target, expected[block : block + 64])
 
 
+@compiles
 @given(x=floats, known=floats)
 def test_extremes_and_sums_grow_by_lanes(x, known):
     """Each lane keeps its own maximum, minimum, sum and sum of squares."""
@@ -80,6 +93,7 @@ def test_extremes_and_sums_grow_by_lanes(x, known):
         np.testing.assert_array_equal(sums, [known + x, known + x * x])
 
 
+@compiles
 @given(
     x=floats,
     signs=st.integers(0, 2**64 - 1),
@@ -98,6 +112,7 @@ def test_signs_are_given_by_bits_and_groups_change_places(x, signs, sums, turn):
     np.testing.assert_array_equal(target, sums + own[order])
 
 
+@compiles
 @given(x=arrays.arrays(np.float32, (8, 64), elements=st.integers(-1000, 1000)))
 def test_rows_are_folded_and_flushed_without_loss(x):
     """Lane i of row k comes to sum i ^ k, from float32 and from float64."""
@@ -115,6 +130,7 @@ def test_rows_are_folded_and_flushed_without_loss(x):
     assert not rows.any()
 
 
+@compiles
 @given(x=arrays.arrays(np.float32, 64, elements=st.integers(-1000, 1000)))
 def test_lanes_become_one_number(x):
     """Sum, maximum and minimum are those of all lanes."""
@@ -124,6 +140,7 @@ def test_lanes_become_one_number(x):
     assert (maximum(own.ctypes.data), minimum(own.ctypes.data)) == (x.max(), x.min())
 
 
+@compiles
 @given(x=words, factors=arrays.arrays(np.uint64, 64))
 def test_words_are_summed_with_their_factors(x, factors):
     """Products of words and factors are added modulo 2^64."""
