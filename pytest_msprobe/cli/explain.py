@@ -321,7 +321,7 @@ def _default(
     Args:
         origin: What they are.
         limits: The limits.
-        own: Rules that name the row: they turn the widening off.
+        own: Rules that name the row: they set limits that few elements do not widen.
         line: The row's numbers.
         mode: Whether the golden has the same key.
     """

@@ -252,7 +252,7 @@ class Measurer:
         # Storages that the next launch reads.
         self._unlaunched: set[int] = set()
         self.held_bytes = 0
-        # Of each storage, those of the largest tensor that is kept.
+        # Of each storage, those of the tensors that are kept, shared ones once.
         self._held: dict[int, int] = {}
         self._held_keys: list[int] = []  # in `seen`, of those that were kept
         self._most_held = held_bytes
@@ -361,14 +361,19 @@ class Measurer:
                     keys.append(key)
             seen[key] = (tensor, measured, storage)
             self._held_keys.append(key)
-            size = plan.elements * plan.size
-            held = self._held.get(storage, 0)
-            if size > held:
-                self._held[storage] = size
-                self.held_bytes += size - held
-                if self.held_bytes > self._most_held:
-                    self._let_go()
+            self._hold(tensor, storage, plan.elements * plan.size)
         return result
+
+    def _hold(self, tensor: torch.Tensor, storage: int, size: int) -> None:
+        """Counts the bytes of a tensor that is kept, and those that are shared once."""
+        held = self._held.get(storage, 0)
+        if held:  # no more than there is
+            size = min(size, tensor.untyped_storage().nbytes() - held)
+        if size > 0:
+            self._held[storage] = held + size
+            self.held_bytes += size
+            if self.held_bytes > self._most_held:
+                self._let_go()
 
     def _let_go(self) -> None:
         """Measures what is held, and holds it no longer."""

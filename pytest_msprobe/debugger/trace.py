@@ -312,7 +312,7 @@ class Trace:
         next_start: Next call that is expected to start: the one of the last step.
         counted: Tensors whose bytes were counted, by id.
         counted_bytes: Of them all; those that tensors share count once.
-        held: Of each storage, those of the largest tensor, by its first byte.
+        held: Of each storage, by its first byte.
     """
 
     __slots__ = (

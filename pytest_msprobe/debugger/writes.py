@@ -39,6 +39,8 @@ _Replaced = tuple[Any, str, _Written]
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """An in-place call writes its first argument."""
+    if args and not kwargs:
+        return [args[0]]
     return [args[0], kwargs.get("out")] if args else list(kwargs.values())
 
 
@@ -106,10 +108,10 @@ class Replacements:
     def remove(self) -> None:
         """Puts the originals back; what was inherited is inherited again."""
         for owner, name, original in reversed(self._originals):
-            if original is _MISSING:
-                delattr(owner, name)
-            else:
+            if original is not _MISSING:
                 setattr(owner, name, original)
+            elif name in vars(owner):
+                delattr(owner, name)
         self._originals.clear()
 
 
