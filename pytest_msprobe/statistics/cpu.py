@@ -54,7 +54,7 @@ SCRATCH_BYTES = 16384
 _FLUSH_BLOCKS = 16
 
 # Numba keeps compiled kernels by this file alone: of lanes.py it has to know the hash.
-LANES_SHA256 = "71b8cb59"
+LANES_SHA256 = "84b8c178"
 
 make_llvmlite_scannable()
 
@@ -79,22 +79,6 @@ def _permuted_factors(size: int) -> npt.NDArray[np.uint64]:
 
 
 _K1, _K2, _K4, _K8 = (_permuted_factors(size) for size in (1, 2, 4, 8))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _to_float(_context: Any, _bits: Any) -> Any:
-    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _to_bits(_context: Any, _value: Any) -> Any:
-    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
 
 
 def _pointer(numba_type: Any, llvm_type: Any) -> Any:
@@ -219,12 +203,13 @@ def _float_span(span: Any, out: Any, scratch: Any, careful: Any) -> Any:
     stage = numba.carray(_p_u8(scratch), (512,))
     at = scratch + 512
     x = numba.carray(_p_f32(at), (64,))
-    sums_at, wide_at = scratch + 1024, scratch + 4352
-    plain_at, plain_wide_at = scratch + 3072, scratch + 8448
-    extremes_at = scratch + 3584
+    # The sketch's sums, 8 times 64, and behind them plain sums and those of squares.
+    sums_at, wide_at = scratch + 1024, scratch + 4096
+    plain_at, plain_wide_at = sums_at + 8 * 256, wide_at + 8 * 512
+    extremes_at = plain_at + 2 * 256
     high = numba.carray(_p_f32(extremes_at), (64,))
     low = numba.carray(_p_f32(extremes_at + 256), (64,))
-    sums = numba.carray(_p_f32(sums_at), (640,))  # 8 times 64, and two behind
+    sums = numba.carray(_p_f32(sums_at), (640,))
     wide = numba.carray(_p_f64(wide_at), (640,))
     sums[:] = 0
     high[:] = -np.inf

@@ -224,11 +224,7 @@ def _words_summed(count: int) -> Callable[..., Any]:
         kind = _vector(_I64, count)
         wide = builder.zext(_load(builder, words, _vector(_I32, count)), kind)
         products = builder.mul(wide, _load(builder, factors, kind))
-        name = f"llvm.vector.reduce.add.v{count}i64"
-        known = builder.module.globals.get(name)
-        if known is None:
-            known = ir.Function(builder.module, ir.FunctionType(_I64, [kind]), name)
-        return builder.call(known, [products])
+        return _halved(builder, products, builder.add)
 
     return write
 
