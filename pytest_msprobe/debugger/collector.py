@@ -592,13 +592,7 @@ class Collector:
             address in self._constants or address in self._opaque
         ):
             return 0
-        if not address:
-            return size
-        held = self.trace.held.get(address, 0)
-        if held:  # no more than there is
-            size = max(0, min(size, tensor.untyped_storage().nbytes() - held))
-        self.trace.held[address] = held + size
-        return size
+        return self.trace.held.add(tensor, address, size) if address else size
 
     def _may_last(self, values: Iterable[Any]) -> bool:
         """Whether values can be read later; types not met before are looked at.

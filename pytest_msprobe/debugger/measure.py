@@ -190,6 +190,37 @@ class Unwritten:
         self.tensor = tensor
 
 
+class HeldMemory:
+    """Bytes that tensors hold; what they share counts once."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes: dict[int, int] = {}  # by the first byte of a storage
+
+    def add(self, tensor: torch.Tensor, storage: int, size: int) -> int:
+        """Adds a tensor; returns how many bytes it holds beyond those known.
+
+        Args:
+            tensor: One with a storage.
+            storage: Its first byte.
+            size: Bytes of the tensor's elements.
+        """
+        known = self._bytes.get(storage, 0)
+        if known:  # no more than there is
+            size = max(0, min(size, tensor.untyped_storage().nbytes() - known))
+        self._bytes[storage] = known + size
+        return size
+
+    def drop(self, storage: int) -> int:
+        """Forgets a storage; returns its bytes."""
+        return self._bytes.pop(storage, 0)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._bytes.clear()
+
+
 # A tensor, its plan, how it is divided, address of its first element, first byte of its
 # storage, and whether its slot may be judged.
 Addition = tuple[torch.Tensor, Plan, RowClass, int, int, Role]
@@ -252,8 +283,7 @@ class Measurer:
         # Storages that the next launch reads.
         self._unlaunched: set[int] = set()
         self.held_bytes = 0
-        # Of each storage, those of the tensors that are kept, shared ones once.
-        self._held: dict[int, int] = {}
+        self._held = HeldMemory()
         self._held_keys: list[int] = []  # in `seen`, of those that were kept
         self._most_held = held_bytes
         self._is_once = is_once
@@ -361,19 +391,11 @@ class Measurer:
                     keys.append(key)
             seen[key] = (tensor, measured, storage)
             self._held_keys.append(key)
-            self._hold(tensor, storage, plan.elements * plan.size)
-        return result
-
-    def _hold(self, tensor: torch.Tensor, storage: int, size: int) -> None:
-        """Counts the bytes of a tensor that is kept, and those that are shared once."""
-        held = self._held.get(storage, 0)
-        if held:  # no more than there is
-            size = min(size, tensor.untyped_storage().nbytes() - held)
-        if size > 0:
-            self._held[storage] = held + size
-            self.held_bytes += size
+            size = plan.elements * plan.size
+            self.held_bytes += self._held.add(tensor, storage, size)
             if self.held_bytes > self._most_held:
                 self._let_go()
+        return result
 
     def _let_go(self) -> None:
         """Measures what is held, and holds it no longer."""
@@ -468,7 +490,7 @@ class Measurer:
             if known is None or known[2] != storage:
                 continue  # it has ended, and another one may have its id
             del self.seen[key]
-        self.held_bytes -= self._held.pop(storage, 0)
+        self.held_bytes -= self._held.drop(storage)
 
     def _measure_placed(
         self,

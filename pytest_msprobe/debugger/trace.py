@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from pytest_msprobe.debugger.measure import PLAIN_TYPES, storage_address
+from pytest_msprobe.debugger.measure import (
+    PLAIN_TYPES,
+    HeldMemory,
+    storage_address,
+)
 from pytest_msprobe.debugger.raw import CallSite, Numbering, RawCall
 from pytest_msprobe.model.calls import Frame, Phase, Tree
 
@@ -312,7 +316,7 @@ class Trace:
         next_start: Next call that is expected to start: the one of the last step.
         counted: Tensors whose bytes were counted, by id.
         counted_bytes: Of them all; those that tensors share count once.
-        held: Of each storage, by its first byte.
+        held: Memory that they hold.
     """
 
     __slots__ = (
@@ -346,7 +350,7 @@ class Trace:
         self._copied_bytes = 0
         self.counted: set[int] = set()
         self.counted_bytes = 0
-        self.held: dict[int, int] = {}
+        self.held = HeldMemory()
         self._root = self._node = Node()
         self._nodes = 0
         self._expected: list[Point] = []
@@ -372,7 +376,7 @@ class Trace:
             self._known = self._copied_bytes = 0
         if self.counted:
             self.counted, self.counted_bytes = set(), 0
-            self.held = {}
+            self.held.clear()
 
     def holds(self, storage: int) -> bool:
         """Whether a value that was noted lies in a storage.
@@ -448,7 +452,7 @@ class Trace:
         del self._places[storage]
         if self.counted:
             self.counted -= copies.keys()
-            self.held.pop(storage, None)
+            self.held.drop(storage)
         self.keys.append(Kept(tuple(places)))
         if len(copies) == 1:
             copy = copies[id(whole)]
