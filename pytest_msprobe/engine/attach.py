@@ -18,6 +18,7 @@ import torch
 from pytest_msprobe.compat import vllm_version
 from pytest_msprobe.config.settings import ALL_STEPS
 from pytest_msprobe.debugger.recorder import Recorder
+from pytest_msprobe.debugger.writes import Replacements
 from pytest_msprobe.engine.experts import add_choices, remove_choices
 from pytest_msprobe.engine.kv_cache import add_readers, remove_readers
 from pytest_msprobe.engine.preflight import check_engine
@@ -26,8 +27,6 @@ from pytest_msprobe.engine.shards import places_of
 from pytest_msprobe.engine.tokens import TokenLog
 from pytest_msprobe.errors import EngineError
 from pytest_msprobe.model.segments import StepLayout
-
-_MISSING = object()
 
 
 class Attachment(ABC):
@@ -62,7 +61,7 @@ class Attachment(ABC):
         self.on_step: Callable[[], None] | None = None
         self.has_end = False
         self._is_open = False
-        self._replaced: list[tuple[Any, str, object]] = []
+        self._replacements = Replacements()
         self._cached: list[torch.nn.Module] = []
         self._routed: list[torch.nn.Module] = []
 
@@ -119,12 +118,7 @@ class Attachment(ABC):
 
     def remove(self) -> None:
         """Takes the hooks off, in reverse order."""
-        for owner, name, original in reversed(self._replaced):
-            if original is _MISSING:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = original
-        self._replaced.clear()
+        self._replacements.remove()
         remove_readers(self._cached)
         remove_choices(self._routed)
 
@@ -133,8 +127,7 @@ class Attachment(ABC):
     ) -> None:
         """Replaces a method of an instance until the hooks are taken off."""
         original = getattr(owner, name)
-        self._replaced.append((owner, name, owner.__dict__.get(name, _MISSING)))
-        owner.__dict__[name] = functools.wraps(original)(hook(original))
+        self._replacements.put(owner, name, functools.wraps(original)(hook(original)))
 
     def _cache_addresses(self) -> frozenset[int]:
         """First bytes of the KV caches' storages."""
