@@ -39,9 +39,7 @@ _Replaced = tuple[Any, str, _Written]
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """An in-place call writes its first argument."""
-    if args and not kwargs:
-        return [args[0]]
-    return [args[0], kwargs.get("out")] if args else list(kwargs.values())
+    return [args[0], *_out(args, kwargs)] if args else list(kwargs.values())
 
 
 def _out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -81,8 +81,9 @@ class TokenLog:
             table: Requests of this capture.
         """
         if isinstance(ids, torch.Tensor):
-            self._own = self._sampled = ids.detach().clone()
+            self._sampled = ids.detach().clone()
             if self.followed:
+                self._own = self._sampled
                 self._feed(ids, table)
                 self._sampled = ids.detach().clone()
 
@@ -110,7 +111,7 @@ class TokenLog:
             return
         ids = self._sampled.reshape(len(self._sampled), -1)[:, :1].to(torch.int64)
         own = ids
-        if self._own is not None and self._own is not self._sampled:
+        if self._own is not None:
             own = self._own.reshape(len(self._own), -1)[:, :1].to(torch.int64)
         if len(ids) != len(self._samples):
             return
